@@ -1,0 +1,1 @@
+"""What the experiments need around the models: command lines, run folders, figures, statistics, speed."""

@@ -1,0 +1,64 @@
+"""Figures: one function each, no computation but layout."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+INK, BLUE, ORANGE, GREY = "#222222", "#0072B2", "#D55E00", "#9a9a9a"  # told apart by colour-blind readers as well
+
+
+def figure(width, height, **grid):
+    """A figure without pyplot (and so without global state), and its axes."""
+    fig = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = fig.subplots(**grid)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8, colors=INK)
+    return fig, axes
+
+
+def loss_figure(log: list[dict], floor: float, name: str, path: Path):
+    """Training loss, held-out loss and held-out accuracy over the steps; `floor` is the loss of a uniform guess."""
+    steps, dev = [line["step"] for line in log], [line["dev"] for line in log]
+    scored = "accuracy" in dev[0]
+    fig, axes = figure(8.5 if scored else 5.5, 3.2, ncols=2 if scored else 1, squeeze=False)
+    ax = axes[0, 0]
+    ax.plot(
+        steps[1:], [line["train_loss"] for line in log[1:]], color=BLUE, label="training, mean since the last point"
+    )
+    ax.plot(steps, [d["loss"] for d in dev], color=ORANGE, marker="o", markersize=3, label="held-out (dev)")
+    ax.axhline(floor, color=GREY, linestyle=":", label="uniform guess")
+    ax.set(title=f"Cross-entropy, {name}", xlabel="step", ylabel="nats per token", ylim=(0, None))
+    ax.legend(fontsize=7, frameon=False)
+    if scored:
+        ax = axes[0, 1]
+        for key, colour in (("clear", BLUE), ("accuracy", INK), ("ambiguous", ORANGE)):
+            label = {"accuracy": "all prompts"}.get(key, f"{key} cues")
+            ax.plot(steps, [100 * d[key] for d in dev], color=colour, marker="o", markersize=3, label=label)
+        ax.set(title="Accuracy on held-out prompts (dev)", xlabel="step", ylabel="accuracy (%)", ylim=(0, 100))
+        ax.legend(fontsize=7, frameon=False)
+    fig.savefig(path)
+
+
+def routing_figure(shares: np.ndarray, load: np.ndarray, rows: list[str], top_k: int, title: str, path: Path):
+    """Which expert does what: shares (L, R, E), the share of the tokens of each kind (a row) that visit each expert,
+    and above it load (L, E), the share of all tokens that do. Experts stand in the order of the kind they prefer."""
+    L, R, E = shares.shape
+    fig, axes = figure(2.9 * L + 0.8, 1.6 + 0.22 * R, nrows=2, ncols=L, height_ratios=[1, 0.22 * R], squeeze=False)
+    for layer in range(L):
+        order = np.lexsort((-shares[layer].max(0), shares[layer].argmax(0)))  # (E,)
+        top, ax = axes[:, layer]
+        top.bar(range(E), 100 * load[layer, order], color=BLUE, width=0.8)
+        top.axhline(100 * top_k / E, color=ORANGE, linewidth=1, linestyle="--")
+        top.set(
+            title=f"layer {layer}", xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 100 * max(load.max(), top_k / E) * 1.15)
+        )
+        image = ax.imshow(100 * shares[layer][:, order], cmap="magma_r", vmin=0, vmax=100, aspect="auto")
+        ax.set(xticks=range(E), yticks=range(R), xlabel="expert (sorted by what it prefers)")
+        ax.set_xticklabels(order, fontsize=6 if E <= 24 else 4)
+        ax.set_yticklabels(rows if layer == 0 else [])
+    axes[0, 0].set_ylabel("all tokens\n(%)", fontsize=8)
+    fig.colorbar(image, ax=axes[1, :], label="tokens that visit it (%)", pad=0.01)
+    fig.suptitle(title + "   (dashed: even load)", color=INK)
+    fig.savefig(path)

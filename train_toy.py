@@ -1,0 +1,354 @@
+"""Train a small mixture-of-experts model, in about a minute on two CPU cores:
+
+python train_toy.py                        the skills-and-dialects task
+python train_toy.py --data-file story.txt  any text, as bytes
+python train_toy.py --help                 every flag; each comes from a field of the two dataclasses
+"""
+
+import itertools
+import math
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from torch.func import functional_call
+from tqdm import tqdm
+
+from data import SkillsTask, TextData
+from lab import checkpoint, cli, plots, stats
+from lab.tasks import evaluate, specialisation
+from moe import MoEConfig, MoETransformer
+
+
+@dataclass
+class TrainConfig:
+    """What a run learns, and how."""
+
+    data: Annotated[Literal["skills", "text"], "the synthetic task, or a text of your own"] = "skills"
+    data_file: Annotated[str | None, "a UTF-8 text, its documents ended by <|endoftext|>; implies --data text"] = None
+    valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
+    tokenizer: Annotated[str, "for text: bytes, or an encoding of tiktoken, such as gpt2"] = "bytes"
+    model: Annotated[Literal["moe", "dense"], "dense: every layer as wide as what a token visits in the MoE"] = "moe"
+    steps: Annotated[int, "optimiser steps"] = 400
+    batch: Annotated[int, "sequences in a step"] = 128
+    lr: Annotated[float, "peak learning rate"] = 3e-3
+    warmup: Annotated[int, "steps of linear warm-up, before the cosine"] = 50
+    final_lr: Annotated[float, "learning rate at the end, as a share of the peak"] = 0.05
+    weight_decay: Annotated[float, "AdamW's weight decay, on matrices only"] = 0.1
+    clip: Annotated[float, "largest norm of the gradient"] = 1.0
+    balance: Annotated[float, "weight of the balance loss"] = 0.01
+    z: Annotated[float, "weight of the router z-loss"] = 0.001
+    seed: Annotated[int, "draws the task, the weights and the batches"] = 0
+    seeds: Annotated[int, "how many seeds to run, one after the other"] = 1
+    eval_every: Annotated[int, "steps between evaluations, each with a checkpoint"] = 50
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
+    dtype: Annotated[Literal["float32", "bfloat16"], "of the forward and backward pass; weights stay float32"] = (
+        "float32"
+    )
+    compile: Annotated[bool, "use torch.compile"] = False
+    out: Annotated[str | None, "the run's folder (none: a new one in out/)"] = None
+    resume: Annotated[str | None, "continue the run in this folder"] = None
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "seeds", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
+        if self.seed < 0 or self.warmup < 0:
+            raise ValueError("seed and warmup must be at least 0")
+        if self.data == "text" and self.data_file is None:
+            raise ValueError("--data text needs --data-file PATH")
+
+
+TEXT = {"d_model": 128, "context": 128, "batch": 8, "lr": 2e-3, "warmup": 100, "final_lr": 0.1, "steps": 500}
+FREE = ("resume", "device", "compile")  # flags that a resumed run may change
+
+
+def main(argv=None) -> int:
+    """Train, report, and say what to run next -> the exit code."""
+    parser = cli.Parser("train_toy.py", description=__doc__)
+    cli.add_flags(parser, TrainConfig, MoEConfig, skip=("vocab_size",))  # the data decides
+    given = parser.parse(argv)
+    train, sizes = resumed(given) if given.get("resume") else fresh(given)
+    if sizes.top_k == 1 and sizes.norm_topk and train.model == "moe":
+        raise cli.Usage(
+            "top_k 1 with norm_topk: the one weight is always 1, so the loss gives the router no gradient, and it "
+            "cannot learn; use --no-norm-topk, or --top-k 2 or more"
+        )
+    results = []
+    for seed in range(train.seed, train.seed + train.seeds):
+        result = run(TrainConfig(**{**asdict(train), "seed": seed, "seeds": 1}), sizes, several=train.seeds > 1)
+        if result is None:
+            return 130  # what a shell expects of a program that Ctrl-C has ended
+        results.append(result)
+    if train.seeds > 1:
+        print(summary(results, train))
+    return 0
+
+
+def fresh(given: dict):
+    """Settings of a new run: the flags over the defaults, which for text are others than for the skills task."""
+    if given.get("data_file") and "data" not in given:
+        given["data"] = "text"
+    values = {**(TEXT if given.get("data") == "text" else {}), **given}
+    return cli.build(TrainConfig, values), cli.build(MoEConfig, values)
+
+
+def resumed(given: dict):
+    """Settings of the run to continue. Usage names every flag that asks for something else."""
+    saved = checkpoint.read_settings(Path(given["resume"]))
+    old = {**saved["model"], **saved["train"]}
+    other = [f"--{name.replace('_', '-')} {value} (the run has {old.get(name)})" for name, value in given.items()
+             if name not in FREE and value != old.get(name)]  # fmt: skip
+    if other:
+        raise cli.Usage(f"{given['resume']} has other settings: {', '.join(other)}; leave them out, or start a new run")
+    if saved["threads"] != torch.get_num_threads():
+        print(f"note: begun with {saved['threads']} threads, now {torch.get_num_threads()}: the last bits may differ")
+    kept = {name: given[name] for name in FREE if name in given}
+    return cli.build(TrainConfig, {**old, **kept}), cli.build(MoEConfig, old)
+
+
+def run(train: TrainConfig, sizes: MoEConfig, several: bool):
+    """One run of one seed -> its scores, or None if it was interrupted."""
+    device = pick_device(train.device)
+    data = load_data(train, sizes)
+    sizes.vocab_size = data.vocab_size
+    if train.model == "dense":
+        sizes.dense_layers = tuple(range(sizes.n_layers))
+    torch.manual_seed(train.seed)
+    model = MoETransformer(sizes).to(device)
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    gains = [weight for weight in model.parameters() if weight.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95), fused=True)
+    folder = Path(train.resume) if train.resume else new_folder(train, several)
+    print(describe(train, model, data, device, folder), end="\n\n")
+    finished, log = fit(model, optimizer, data, train, folder)
+    if not finished:
+        print(f"\nstopped and saved; continue with\n    python train_toy.py --resume {folder}")
+        return None
+    guess = math.log(SkillsTask.N if train.data == "skills" else data.vocab_size)
+    plots.loss_figure(log, guess, f"{train.data}, seed {train.seed}", folder / "loss.png")
+    load = []
+    if model.routers():
+        shares, load, kinds = specialisation(model, data)
+        title = f"Which expert does what: {train.data}, seed {train.seed}"
+        plots.routing_figure(shares, load, kinds, sizes.top_k, title, folder / "routing.png")
+    scores = {split: evaluate(model, data, split) for split in ("dev", "test")}
+    print(report(train, model, data, scores, log, guess, load, folder))
+    return {**scores["test"], "seconds": log[-1]["seconds"]}
+
+
+def fit(model, optimizer, data, train: TrainConfig, folder: Path):
+    """Train from the start, or from what the run folder holds -> (finished, log). False: stopped by Ctrl-C, and saved.
+
+    Every `eval_every` steps a line joins the log and everything is saved. ValueError where the loss or the gradient is
+    no longer finite: the folder then keeps the last good weights.
+    """
+    settings = {"model": asdict(model.config), "train": asdict(train), "threads": torch.get_num_threads()}
+    settings["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
+    begin, log, recent = checkpoint.resume(folder, model, optimizer) if train.resume else (0, [], [])
+    forward, start = make_forward(model, train), time.perf_counter() - (log[-1]["seconds"] if log else 0.0)
+    bar = tqdm(total=train.steps, initial=begin, unit="step", desc=f"seed {train.seed}", leave=False, disable=None)
+
+    def record(step):
+        train_loss = sum(recent) / len(recent) if recent else None
+        dev = evaluate(model, data, "dev")
+        log.append({"step": step, "seconds": time.perf_counter() - start, "train_loss": train_loss, "dev": dev})
+        recent.clear()
+        bar.write(progress(log))
+
+    if not log:
+        record(0)
+        checkpoint.save(folder, model, optimizer, 0, settings, log, recent)
+    with bar, cli.Interrupt() as interrupt:
+        for step in range(begin, train.steps):
+            loss = update(forward, model, optimizer, data, train, step)
+            if not math.isfinite(loss):
+                kept = f"{folder} keeps the last good checkpoint; try a lower --lr than {train.lr:g}"
+                raise ValueError(f"the loss or its gradient is no longer finite at step {step + 1}: {kept}")
+            recent.append(loss)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            due = (step + 1) % train.eval_every == 0 or step + 1 == train.steps
+            if due:
+                record(step + 1)
+            if due or interrupt.asked:
+                checkpoint.save(folder, model, optimizer, step + 1, settings, log, recent)
+            if interrupt.asked and step + 1 < train.steps:
+                return False, log
+    return True, log
+
+
+def update(forward, model, optimizer, data, train: TrainConfig, step: int) -> float:
+    """One optimiser step on the batch of this step -> the pure cross-entropy. Not finite: nothing was changed."""
+    device = next(model.parameters()).device
+    tokens, targets = (t.to(device) for t in data.batch(step, train.batch))
+    torch.manual_seed(train.seed * 1_000_003 + step)  # dropout, like the batch, is a function of (seed, step)
+    out = forward(tokens, targets)
+    (out.loss + train.balance * out.balance_loss + train.z * out.z_loss).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = train.lr * schedule(step, train)
+    if not norm.isfinite():
+        return math.nan
+    optimizer.step()
+    optimizer.zero_grad()
+    return out.loss.item()
+
+
+def schedule(step: int, train: TrainConfig) -> float:
+    """The learning rate as a share of its peak: linear warm-up, then half a cosine down to final_lr."""
+    warm = min(1.0, (step + 1) / max(train.warmup, 1))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * step / train.steps)
+    return warm * (train.final_lr + (1 - train.final_lr) * cosine)
+
+
+def make_forward(model, train: TrainConfig):
+    """model(tokens, targets), in another number format or compiled where that is asked for."""
+
+    def cast(tokens, targets):
+        low = {name: weight.to(torch.bfloat16) for name, weight in model.named_parameters()}
+        return functional_call(model, low, (tokens, targets))
+
+    forward = cast if train.dtype == "bfloat16" else model
+    return torch.compile(forward) if train.compile else forward
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's mps, else the CPU. ValueError for a device that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, found in there.items() if found)
+    if not there[name]:
+        found = ", ".join(device for device, found in there.items() if found)
+        raise ValueError(f"--device {name}: this machine (or this build of torch) has none; found: {found}")
+    return torch.device(name)
+
+
+def load_data(train: TrainConfig, sizes: MoEConfig):
+    """The skills task of this seed, or the text."""
+    if train.data == "skills":
+        return SkillsTask(train.seed)
+    return TextData(train.data_file, train.valid_file, train.tokenizer, sizes.context, train.seed)
+
+
+def new_folder(train: TrainConfig, several: bool) -> Path:
+    """out/DATA-sSEED, or the next free name; --out names another, which may not hold a run yet."""
+    if train.out:
+        folder = Path(f"{train.out}-s{train.seed}" if several else train.out)
+        if (folder / "config.json").exists():
+            raise cli.Usage(f"{folder} holds a run already; continue it with --resume {folder}, or name another --out")
+        return folder
+    name = f"{train.data}{'-dense' if train.model == 'dense' else ''}-s{train.seed}"
+    names = (Path("out") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    return next(folder for folder in names if not folder.exists())
+
+
+def progress(log: list[dict]) -> str:
+    """The last line of the log as a row, below a header if it is the first."""
+    line, dev = log[-1], log[-1]["dev"]
+    cells = {"step": f"{line['step']}", "train loss": "-", "dev loss": f"{dev['loss']:.3f}"}
+    if line["train_loss"] is not None:
+        cells["train loss"] = f"{line['train_loss']:.3f}"
+    for name in ("accuracy", "clear", "ambiguous"):
+        if name in dev:
+            cells[name] = f"{100 * dev[name]:.1f} %"
+    cells |= {"balance": f"{dev['balance_loss']:.2f}", "time": f"{line['seconds']:.0f} s"}
+    row = "".join(f"{text:>11}" for text in cells.values())
+    return row if len(log) > 1 else "".join(f"{name:>11}" for name in cells) + "\n" + row
+
+
+def describe(train: TrainConfig, model, data, device, folder) -> str:
+    """What is about to run."""
+    sizes, length = model.config, data.batch(0, 1)[0].shape[1]
+    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    layer = f"{sizes.n_experts} experts of width {sizes.d_expert}, top {sizes.top_k}"
+    layer = layer if model.routers() else f"all dense, of width {sizes.d_dense}"
+    rows = [
+        (
+            "run",
+            f"{folder}: {train.steps} steps of {train.batch} x {length} tokens on {device}{threads}, {train.dtype}",
+        ),
+        ("model", f"{sizes.n_layers} layers of width {sizes.d_model}; {layer}"),
+        ("parameters", f"{model.n_params():,} in all, {model.n_params(activated=True):,} activated for a token"),
+    ]
+    return cli.table(rows, left=2)
+
+
+def report(train: TrainConfig, model, data, scores, log, guess, load, folder) -> str:
+    """What came out: scores, the load of the experts, speed, what was written, what to run next."""
+    seconds, names = (
+        log[-1]["seconds"],
+        {"accuracy": "accuracy", "clear": "  clear cues", "ambiguous": "  ambiguous cues"},
+    )
+    rows = [
+        ["cross-entropy (nats)", *(f"{scores[split]['loss']:.3f}" for split in scores), f"uniform guess: {guess:.2f}"]
+    ]
+    if train.data == "text":
+        perplexity = (f"{math.exp(scores[split]['loss']):.2f}" for split in scores)
+        rows.append(["perplexity per token", *perplexity, f"uniform guess: {data.vocab_size}"])
+    for key in (key for key in names if key in scores["dev"]):
+        note = {"accuracy": "uniform guess: 6.2 %", "ambiguous": "the reading depends on the dialect"}.get(key, "")
+        rows.append([names[key], *(f"{100 * scores[split][key]:.1f} %" for split in scores), note])
+    if len(load):
+        balance = (f"{scores[split]['balance_loss']:.2f}" for split in scores)
+        rows.append(
+            ["balance loss", *balance, f"1.00 is even, {model.config.n_experts / model.config.top_k:.2f} collapsed"]
+        )
+    lines = ["", cli.table(rows, header=["held-out", "dev", "test", ""]), ""]
+    for layer, share in enumerate(load):
+        even = share * len(share) / model.config.top_k
+        lines.append(
+            f"load, layer {layer}  {cli.bar_line(share)}  {even.min():.2f} to {even.max():.2f} of an even share"
+        )
+    tokens = train.steps * train.batch * data.batch(0, 1)[0].shape[1]
+    written = sorted(path.name for path in folder.iterdir())
+    lines += ["", cli.table([
+        ("trained", f"{tokens:,} tokens in {seconds:.0f} s ({tokens / seconds:,.0f} a second)"),
+        ("wrote", f"{folder}: {', '.join(written)}"),
+        ("next", f"look at {folder / 'routing.png' if len(load) else folder / 'loss.png'}; then"),
+        ("", "python train_toy.py --seeds 3         how much of this is luck"),
+        ("", "python train_toy.py --model dense     the twin without experts, as many activated parameters"),
+        ("", "python train_toy.py --data-file PATH  a text of your own"),
+    ], left=2)]  # fmt: skip
+    return "\n".join(lines)
+
+
+def summary(results: list[dict], train: TrainConfig) -> str:
+    """Test scores over several seeds: mean, spread, and the interval of the mean."""
+    rows = []
+    for name in results[0]:
+        values = [result[name] * (100 if name in ("accuracy", "clear", "ambiguous") else 1) for result in results]
+        unit = "%" if name in ("accuracy", "clear", "ambiguous") else {"seconds": "s", "loss": "nats"}.get(name, "")
+        mean, half = stats.interval(values)
+        each = "  ".join(f"{value:.2f}" for value in values)
+        rows.append(
+            [
+                name,
+                unit,
+                f"{mean:.2f}",
+                f"{np.std(values, ddof=1):.2f}",
+                f"{mean - half:.2f} to {mean + half:.2f}",
+                each,
+            ]
+        )
+    header = [
+        "test, over seeds",
+        "",
+        "mean",
+        "sd",
+        "95 % interval",
+        f"seeds {train.seed} to {train.seed + train.seeds - 1}",
+    ]
+    return "\n" + cli.table(rows, header=header)
+
+
+if __name__ == "__main__":
+    cli.run(main)

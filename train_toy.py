@@ -33,8 +33,8 @@ class TrainConfig:
     valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
     tokenizer: Annotated[str, "for text: bytes, or an encoding of tiktoken, such as gpt2"] = "bytes"
     model: Annotated[Literal["moe", "dense"], "dense: every layer as wide as what a token visits in the MoE"] = "moe"
-    steps: Annotated[int, "optimiser steps"] = 400
-    batch: Annotated[int, "sequences in a step"] = 128
+    steps: Annotated[int, "optimiser steps"] = 600
+    batch: Annotated[int, "sequences in a step"] = 64
     lr: Annotated[float, "peak learning rate"] = 3e-3
     warmup: Annotated[int, "steps of linear warm-up, before the cosine"] = 50
     final_lr: Annotated[float, "learning rate at the end, as a share of the peak"] = 0.05
@@ -44,7 +44,8 @@ class TrainConfig:
     z: Annotated[float, "weight of the router z-loss"] = 0.001
     seed: Annotated[int, "draws the task, the weights and the batches"] = 0
     seeds: Annotated[int, "how many seeds to run, one after the other"] = 1
-    eval_every: Annotated[int, "steps between evaluations, each with a checkpoint"] = 50
+    eval_every: Annotated[int, "steps between evaluations, each with a checkpoint"] = 100
+    threads: Annotated[int, "CPU threads (0: as many as torch would take)"] = 1
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
     dtype: Annotated[Literal["float32", "bfloat16"], "of the forward and backward pass; weights stay float32"] = (
         "float32"
@@ -60,14 +61,23 @@ class TrainConfig:
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        if self.seed < 0 or self.warmup < 0:
-            raise ValueError("seed and warmup must be at least 0")
+        if min(self.seed, self.warmup, self.threads) < 0:
+            raise ValueError("seed, warmup and threads must be at least 0")
         if self.data == "text" and self.data_file is None:
             raise ValueError("--data text needs --data-file PATH")
 
 
 TEXT = {"d_model": 128, "context": 128, "batch": 8, "lr": 2e-3, "warmup": 100, "final_lr": 0.1, "steps": 500}
 FREE = ("resume", "device", "compile")  # flags that a resumed run may change
+SHOWN = {  # how people read the scores
+    "loss": ("cross-entropy (nats)", ".3f"),
+    "perplexity": ("perplexity per token", ".2f"),
+    "accuracy": ("accuracy", ".1%"),
+    "clear": ("  clear cues", ".1%"),
+    "ambiguous": ("  ambiguous cues", ".1%"),
+    "balance_loss": ("balance loss", ".2f"),
+    "seconds": ("training (s)", ".0f"),
+}
 
 
 def main(argv=None) -> int:
@@ -81,6 +91,8 @@ def main(argv=None) -> int:
             "top_k 1 with norm_topk: the one weight is always 1, so the loss gives the router no gradient, and it "
             "cannot learn; use --no-norm-topk, or --top-k 2 or more"
         )
+    train.threads = train.threads or torch.get_num_threads()
+    torch.set_num_threads(train.threads)
     results = []
     for seed in range(train.seed, train.seed + train.seeds):
         result = run(TrainConfig(**{**asdict(train), "seed": seed, "seeds": 1}), sizes, several=train.seeds > 1)
@@ -108,8 +120,6 @@ def resumed(given: dict):
              if name not in FREE and value != old.get(name)]  # fmt: skip
     if other:
         raise cli.Usage(f"{given['resume']} has other settings: {', '.join(other)}; leave them out, or start a new run")
-    if saved["threads"] != torch.get_num_threads():
-        print(f"note: begun with {saved['threads']} threads, now {torch.get_num_threads()}: the last bits may differ")
     kept = {name: given[name] for name in FREE if name in given}
     return cli.build(TrainConfig, {**old, **kept}), cli.build(MoEConfig, old)
 
@@ -133,15 +143,14 @@ def run(train: TrainConfig, sizes: MoEConfig, several: bool):
     if not finished:
         print(f"\nstopped and saved; continue with\n    python train_toy.py --resume {folder}")
         return None
-    guess = math.log(SkillsTask.N if train.data == "skills" else data.vocab_size)
-    plots.loss_figure(log, guess, f"{train.data}, seed {train.seed}", folder / "loss.png")
+    plots.loss_figure(log, uniform(train, data), f"{train.data}, seed {train.seed}", folder / "loss.png")
     load = []
     if model.routers():
         shares, load, kinds = specialisation(model, data)
         title = f"Which expert does what: {train.data}, seed {train.seed}"
         plots.routing_figure(shares, load, kinds, sizes.top_k, title, folder / "routing.png")
     scores = {split: evaluate(model, data, split) for split in ("dev", "test")}
-    print(report(train, model, data, scores, log, guess, load, folder))
+    print(report(train, model, data, scores, log, load, folder))
     return {**scores["test"], "seconds": log[-1]["seconds"]}
 
 
@@ -151,7 +160,7 @@ def fit(model, optimizer, data, train: TrainConfig, folder: Path):
     Every `eval_every` steps a line joins the log and everything is saved. ValueError where the loss or the gradient is
     no longer finite: the folder then keeps the last good weights.
     """
-    settings = {"model": asdict(model.config), "train": asdict(train), "threads": torch.get_num_threads()}
+    settings = {"model": asdict(model.config), "train": asdict(train)}
     settings["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
     begin, log, recent = checkpoint.resume(folder, model, optimizer) if train.resume else (0, [], [])
     forward, start = make_forward(model, train), time.perf_counter() - (log[-1]["seconds"] if log else 0.0)
@@ -253,101 +262,74 @@ def new_folder(train: TrainConfig, several: bool) -> Path:
 
 def progress(log: list[dict]) -> str:
     """The last line of the log as a row, below a header if it is the first."""
-    line, dev = log[-1], log[-1]["dev"]
-    cells = {"step": f"{line['step']}", "train loss": "-", "dev loss": f"{dev['loss']:.3f}"}
-    if line["train_loss"] is not None:
-        cells["train loss"] = f"{line['train_loss']:.3f}"
-    for name in ("accuracy", "clear", "ambiguous"):
-        if name in dev:
-            cells[name] = f"{100 * dev[name]:.1f} %"
-    cells |= {"balance": f"{dev['balance_loss']:.2f}", "time": f"{line['seconds']:.0f} s"}
-    row = "".join(f"{text:>11}" for text in cells.values())
-    return row if len(log) > 1 else "".join(f"{name:>11}" for name in cells) + "\n" + row
+    line = log[-1]
+    cells = {
+        "step": f"{line['step']}",
+        "train loss": "-" if line["train_loss"] is None else f"{line['train_loss']:.3f}",
+    }
+    for name, value in line["dev"].items():
+        cells[{"loss": "dev loss", "balance_loss": "balance"}.get(name, name)] = f"{value:{SHOWN[name][1]}}"
+    cells["time"] = f"{line['seconds']:.0f} s"
+    row = "".join(f"{text:>13}" for text in cells.values())
+    return row if len(log) > 1 else "".join(f"{name:>13}" for name in cells) + "\n" + row
 
 
 def describe(train: TrainConfig, model, data, device, folder) -> str:
     """What is about to run."""
     sizes, length = model.config, data.batch(0, 1)[0].shape[1]
-    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    where = f"{device} ({train.threads} thread{'s' if train.threads > 1 else ''})" if device.type == "cpu" else device
     layer = f"{sizes.n_experts} experts of width {sizes.d_expert}, top {sizes.top_k}"
-    layer = layer if model.routers() else f"all dense, of width {sizes.d_dense}"
     rows = [
-        (
-            "run",
-            f"{folder}: {train.steps} steps of {train.batch} x {length} tokens on {device}{threads}, {train.dtype}",
-        ),
-        ("model", f"{sizes.n_layers} layers of width {sizes.d_model}; {layer}"),
+        ("run", f"{folder}: {train.steps} steps of {train.batch} x {length} tokens on {where}, {train.dtype}"),
+        ("model", f"{sizes.n_layers} layers of width {sizes.d_model}; {layer if model.routers() else 'all dense'}"),
         ("parameters", f"{model.n_params():,} in all, {model.n_params(activated=True):,} activated for a token"),
     ]
     return cli.table(rows, left=2)
 
 
-def report(train: TrainConfig, model, data, scores, log, guess, load, folder) -> str:
+def report(train: TrainConfig, model, data, scores, log, load, folder) -> str:
     """What came out: scores, the load of the experts, speed, what was written, what to run next."""
-    seconds, names = (
-        log[-1]["seconds"],
-        {"accuracy": "accuracy", "clear": "  clear cues", "ambiguous": "  ambiguous cues"},
-    )
+    E, k = model.config.n_experts, model.config.top_k
+    notes = {"loss": f"uniform guess: {uniform(train, data):.2f}", "accuracy": "uniform guess: 6.2%"}
+    notes |= {"ambiguous": "the reading depends on the dialect", "balance_loss": f"1.00 is even, {E / k:.2f} collapsed"}
     rows = [
-        ["cross-entropy (nats)", *(f"{scores[split]['loss']:.3f}" for split in scores), f"uniform guess: {guess:.2f}"]
+        [SHOWN[name][0], *(f"{scores[split][name]:{SHOWN[name][1]}}" for split in scores), notes.get(name, "")]
+        for name in scores["test"]
     ]
-    if train.data == "text":
-        perplexity = (f"{math.exp(scores[split]['loss']):.2f}" for split in scores)
-        rows.append(["perplexity per token", *perplexity, f"uniform guess: {data.vocab_size}"])
-    for key in (key for key in names if key in scores["dev"]):
-        note = {"accuracy": "uniform guess: 6.2 %", "ambiguous": "the reading depends on the dialect"}.get(key, "")
-        rows.append([names[key], *(f"{100 * scores[split][key]:.1f} %" for split in scores), note])
-    if len(load):
-        balance = (f"{scores[split]['balance_loss']:.2f}" for split in scores)
-        rows.append(
-            ["balance loss", *balance, f"1.00 is even, {model.config.n_experts / model.config.top_k:.2f} collapsed"]
-        )
-    lines = ["", cli.table(rows, header=["held-out", "dev", "test", ""]), ""]
+    lines = [cli.table(rows, header=["held-out", *scores, ""]), ""]
     for layer, share in enumerate(load):
-        even = share * len(share) / model.config.top_k
-        lines.append(
-            f"load, layer {layer}  {cli.bar_line(share)}  {even.min():.2f} to {even.max():.2f} of an even share"
-        )
-    tokens = train.steps * train.batch * data.batch(0, 1)[0].shape[1]
-    written = sorted(path.name for path in folder.iterdir())
-    lines += ["", cli.table([
+        even = f"{share.min() * E / k:.2f} to {share.max() * E / k:.2f} of an even share"
+        lines.append(f"load, layer {layer}  {cli.bar_line(share)}  {even}")
+    seconds, tokens = log[-1]["seconds"], train.steps * data.batch(0, train.batch)[0].numel()
+    figure = folder / ("routing.png" if len(load) else "loss.png")
+    done = [
         ("trained", f"{tokens:,} tokens in {seconds:.0f} s ({tokens / seconds:,.0f} a second)"),
-        ("wrote", f"{folder}: {', '.join(written)}"),
-        ("next", f"look at {folder / 'routing.png' if len(load) else folder / 'loss.png'}; then"),
+        ("wrote", f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}"),
+        ("next", f"look at {figure}; then"),
         ("", "python train_toy.py --seeds 3         how much of this is luck"),
         ("", "python train_toy.py --model dense     the twin without experts, as many activated parameters"),
         ("", "python train_toy.py --data-file PATH  a text of your own"),
-    ], left=2)]  # fmt: skip
-    return "\n".join(lines)
+    ]
+    return "\n".join(["", *lines, "", cli.table(done, left=2)])
+
+
+def uniform(train: TrainConfig, data) -> float:
+    """The cross-entropy of guessing: among the 16 answers, or among all tokens of a text."""
+    return math.log(SkillsTask.N if train.data == "skills" else data.vocab_size)
 
 
 def summary(results: list[dict], train: TrainConfig) -> str:
     """Test scores over several seeds: mean, spread, and the interval of the mean."""
     rows = []
     for name in results[0]:
-        values = [result[name] * (100 if name in ("accuracy", "clear", "ambiguous") else 1) for result in results]
-        unit = "%" if name in ("accuracy", "clear", "ambiguous") else {"seconds": "s", "loss": "nats"}.get(name, "")
+        label, form = SHOWN[name]
+        values = [result[name] for result in results]
         mean, half = stats.interval(values)
-        each = "  ".join(f"{value:.2f}" for value in values)
-        rows.append(
-            [
-                name,
-                unit,
-                f"{mean:.2f}",
-                f"{np.std(values, ddof=1):.2f}",
-                f"{mean - half:.2f} to {mean + half:.2f}",
-                each,
-            ]
-        )
-    header = [
-        "test, over seeds",
-        "",
-        "mean",
-        "sd",
-        "95 % interval",
-        f"seeds {train.seed} to {train.seed + train.seeds - 1}",
-    ]
-    return "\n" + cli.table(rows, header=header)
+        each = "  ".join(f"{value:{form}}" for value in values)
+        shown = [f"{value:{form}}" for value in (mean, np.std(values, ddof=1), mean - half, mean + half)]
+        rows.append([label, shown[0], shown[1], f"{shown[2]} to {shown[3]}", each])
+    seeds = f"seeds {train.seed} to {train.seed + train.seeds - 1}"
+    return "\n" + cli.table(rows, header=["test, over seeds", "mean", "sd", "95 % interval", seeds])
 
 
 if __name__ == "__main__":

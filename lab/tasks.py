@@ -1,5 +1,7 @@
 """How a model is scored on the data it learns from, and which expert does what there."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ def evaluate(model, data, split: str) -> dict:
         tokens, targets = data.held_out(split)
         logits, balance, _ = forward(model, tokens)
         scores = {"loss": F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()}
+        scores["perplexity"] = math.exp(scores["loss"])
     return scores | {"balance_loss": balance}
 
 
@@ -44,25 +47,22 @@ def forward(model, tokens):
 
 
 def specialisation(model, data, most_kinds: int = 12):
-    """Which expert does what -> (shares (L, R, E), load (L, E), names of the R kinds of token).
+    """Which expert does what -> (shares (L, R, E), load (L, E), names of the R kinds of token), on held-out test data.
 
-    shares: the share of the tokens of a kind that visit an expert; load: of all of them. On the skills task the tokens
-    are the cues of the test prompts, where the work is done, and the kinds are the skills; on text they are the
-    held-out tokens, and the kinds are the most frequent ones.
+    shares: the share of the tokens of a kind that visit an expert; load: the share of all tokens. On the skills task
+    the kinds are the skills, at the cue, where the work is done; on text they are the most frequent tokens.
     """
     if isinstance(data, SkillsTask):
         prompts = data.prompts("test")
-        experts = [chosen[:, -1] for chosen in forward(model, prompts.tokens)[2]]  # (n, 4, K) -> (n, K)
-        kind, names = prompts.skill, list(SKILLS)
+        tokens, kind, names = prompts.tokens, torch.full_like(prompts.tokens, -1), list(SKILLS)
+        kind[:, -1] = prompts.skill
     else:
         tokens, _ = data.held_out("test")
-        experts = [chosen.flatten(0, 1) for chosen in forward(model, tokens)[2]]  # (n, T, K) -> (n * T, K)
         common = tokens.flatten().bincount().argsort(descending=True)[:most_kinds]
-        kind = torch.full_like(tokens.flatten(), -1)
-        for row, token in enumerate(common):
-            kind[tokens.flatten() == token] = row
+        kind = (tokens[..., None] == common).int()  # (n, T, R)
+        kind = torch.where(kind.any(-1), kind.argmax(-1), -1)  # (n, T, R) -> (n, T)
         names = [data.show(int(token)) for token in common]
-    E = model.config.n_experts
-    visits = torch.stack([F.one_hot(chosen, E).sum(1).float() for chosen in experts])  # (L, n, K, E) -> (L, n, E)
+    experts, E = forward(model, tokens)[2], model.config.n_experts
+    visits = torch.stack([F.one_hot(chosen, E).sum(2).float() for chosen in experts])  # (L, n, T, K, E) -> (L, n, T, E)
     shares = torch.stack([visits[:, kind == row].mean(1) for row in range(len(names))], 1)  # (L, R, E)
-    return np.asarray(shares), np.asarray(visits.mean(1)), names
+    return np.asarray(shares), np.asarray(visits.mean((1, 2))), names

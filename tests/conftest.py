@@ -1,7 +1,12 @@
 """Shared by all tests."""
 
+import os
 import sys
 from pathlib import Path
+
+# Read when torch is loaded: a thread that waits shall sleep, not spin, or else a test with two threads takes a hundred
+# times as long where another program keeps one of two cores busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

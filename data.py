@@ -4,13 +4,20 @@ Both kinds of data offer `vocab_size` and `batch(step, n)`, and the batch of a s
 a resumed run sees what the uninterrupted run would have seen.
 """
 
+import base64
 import difflib
+import hashlib
+import json
+import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tiktoken
 import torch
+from tqdm import tqdm
 
 from moe import IGNORE, require
 
@@ -112,78 +119,181 @@ class SkillsTask:
 
 # ---------------------------------------------------------------------------------------------------------------- text
 
-END = "<|endoftext|>"  # the line that ends a document
+END = "<|endoftext|>"  # alone on a line, it ends a document
+RANKS = Path(__file__).parent / "lab" / "tinystories-2048.tiktoken"
+GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # words, never joined
 
 
-def tokenizer(name: str = "bytes") -> tiktoken.Encoding:
-    """`bytes` (a token a byte, and one for end of text), or an encoding that tiktoken knows, such as gpt2."""
-    if name == "bytes":
+def tokenizer(name: str = "tinystories") -> tiktoken.Encoding:
+    """Our own `tinystories`, `bytes`, or an encoding of tiktoken, which downloads it. ValueError: no such name."""
+    if name in ("tinystories", "bytes"):
         ranks = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"\s+|\S+", mergeable_ranks=ranks, special_tokens={END: 256})
-    known = ["bytes", *tiktoken.list_encoding_names()]
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-    require(name in known, f"no tokenizer is called {name!r}; {hint}")
-    return tiktoken.get_encoding(name)
-
-
-def read_tokens(path: str, encoding: tiktoken.Encoding) -> np.ndarray:
-    """The tokens of a UTF-8 text file, an end-of-text token behind every document (documents end with END lines).
-
-    Raises ValueError for a file that is missing, empty or not UTF-8.
-    """
-    require(Path(path).is_file(), f"no such text file: {path}")
-    raw = Path(path).read_bytes()
+        if name == "tinystories":  # tiktoken's own reader would keep a copy, and miss that the file was made anew
+            ranks = {base64.b64decode(line.split()[0]): i for i, line in enumerate(RANKS.read_bytes().splitlines())}
+        return tiktoken.Encoding(name, pat_str=GPT2, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    known = ["tinystories", "bytes", *tiktoken.list_encoding_names()]
+    near = difflib.get_close_matches(name, known, 1, cutoff=0)
+    require(name in known, f"no tokenizer is called {name!r}; did you mean {near[0]}?")
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}; convert it first"
-        ) from None
-    documents = [document.strip() for document in text.split(END)]
-    tokens = [[*encoding.encode_ordinary(document), encoding.eot_token] for document in documents if document]
-    require(len(tokens) > 0, f"{path} holds no text ({len(raw)} bytes)")
-    return np.concatenate([np.array(document, dtype=np.uint32) for document in tokens])
+        return tiktoken.get_encoding(name)
+    except OSError as error:
+        raise OSError(f"no network to download {name}, nor is it in TIKTOKEN_CACHE_DIR; try tinystories") from error
+
+
+def train_tokenizer(path: str, size: int = 2047) -> bytes:
+    """A byte-level BPE of `size` ranks, learnt from the documents of a text -> a ranks file: lines "base64 rank"."""
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError:
+        raise ValueError("training a tokenizer needs the library tokenizers: pip install tokenizers") from None
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # it writes printable bytes as such, others as chr(256) on
+    byte = dict(zip(letters, sorted(range(256), key=lambda byte: chr(byte) not in letters), strict=True))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
+    bpe.train_from_iterator(documents(path), trainer)
+    tokens = [bytes(byte[letter] for letter in bpe.id_to_token(rank)) for rank in range(bpe.get_vocab_size())]
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+
+
+def tinystories() -> list[str]:
+    """Paths of TinyStories' training and validation text (1.9 GB, in the hub's cache). OSError if no download works."""
+    try:
+        from huggingface_hub import hf_hub_download  # here: only this needs it
+
+        files = (f"TinyStories-{part}.txt" for part in ("train", "valid"))
+        paths = [hf_hub_download("roneneldan/TinyStories", file, repo_type="dataset") for file in files]
+        for path in map(Path, paths):  # links to files that the hub names by their sha256, but compares only in size
+            blob = path.parent / path.readlink() if path.is_symlink() else path
+            require(len(blob.name) != 64 or sha256(path) == blob.name, f"{path.name} was altered: delete {blob}")
+        return paths
+    except Exception as error:  # OSError, or of the hub, or of its network library, which differs between its versions
+        mend = "check the network, or use --data-file PATH --valid-file PATH"
+        raise OSError(f"TinyStories could not be downloaded ({' '.join(str(error).split())}); {mend}") from error
+
+
+def sha256(path) -> str:
+    """The checksum of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def documents(path: str):
+    """The documents of a UTF-8 text of any size, stripped, one by one. ValueError: not UTF-8, or no END lines."""
+    rest, block, count, mend = "", "-", 0, f"end every document with a line {END}"
+    with open(path, encoding="utf-8", newline="") as file:
+        while block:
+            try:
+                block = file.read(2**20)
+            except UnicodeDecodeError as error:
+                found = f"byte {file.buffer.tell() - len(error.object) + error.start} is {error.object[error.start]:#x}"
+                raise ValueError(f"{path} is not UTF-8: {found}; convert it, or give a text file") from None
+            *texts, rest = re.split(rf"(?m)^{re.escape(END)}[ \t\r]*\n", rest + (block or f"\n{END}\n"))
+            require(len(rest) <= 2**23, f"{path} has a document of over 8 million characters; {mend}")  # flat memory
+            texts = list(filter(None, map(str.strip, texts)))
+            count += len(texts)
+            yield from texts
+    require(count > 1, f"{path} ({Path(path).stat().st_size:,} bytes) has {count} documents, expected more; {mend}")
+
+
+def read_tokens(path: str, encoding: tiktoken.Encoding, cache: str = "out/tokens") -> np.ndarray:
+    """The tokens of a text, END behind every document: a memory-mapped row (tokens,) of uint16 or uint32.
+
+    Made once, as a file of raw tokens and one about it, named by the contents of text and tokenizer. ValueError for a
+    bad text (see `documents`), or if the files are not what their names say."""
+    require(Path(path).is_file(), f"no such text file: {path}; expected the path of a UTF-8 text")
+    ranks = hashlib.sha256(repr((encoding._pat_str, encoding._mergeable_ranks)).encode()).hexdigest()
+    dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
+    known = {"dtype": dtype.name, "tokenizer": f"{encoding.name}-{ranks[:8]}", "text": sha256(path)}
+    binary = Path(cache) / f"{known['tokenizer']}-{known['text'][:16]}.bin"
+    about = binary.with_suffix(".json")
+    if not (binary.exists() and about.exists()):
+        write_tokens(path, encoding, binary, about, known)
+    found, expected = about.read_text("utf-8", errors="replace"), json.dumps({"size": binary.stat().st_size, **known})
+    require(found.startswith(expected[:-1]), f"{about} says {found!r}, expected {expected}; delete it to make it anew")
+    return np.memmap(binary, dtype, "r")
+
+
+def write_tokens(path: str, encoding: tiktoken.Encoding, binary: Path, about: Path, known: dict):
+    """Tokenise a text in flat memory, into two files that appear whole or not at all."""
+    about.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=Path(path).stat().st_size, unit="B", unit_scale=True, desc="tokens", leave=False, disable=None)
+    with bar, tempfile.TemporaryDirectory(dir=about.parent) as folder:
+        counts, part = np.zeros(3, int), Path(folder, "part")
+        with open(part, "wb") as file:
+            for text in documents(path):
+                row = np.array([*encoding.encode_ordinary(text), encoding.eot_token], known["dtype"])
+                file.write(row.tobytes())
+                counts += (len(row), 1, len(text.encode()))
+                bar.update(len(text) + len(f"\n{END}\n"))  # nearly: a letter can be several bytes
+        part.replace(binary)
+        counts = dict(zip(("tokens", "documents", "bytes"), counts.tolist(), strict=True))
+        part.write_text(json.dumps({"size": binary.stat().st_size, **known, **counts}), encoding="utf-8")
+        part.replace(about)  # last: where it stands, the tokens are complete
 
 
 class TextData:
-    """A text as one long row of tokens, from which batches are windows drawn at random.
+    """A text as a long row of tokens for each split, from which batches are windows drawn at random.
 
-    The first fifth of the validation text is `dev`, for every choice, and the rest `test`. Without a validation file,
-    the last tenth of the text is held back. ValueError for a text shorter than a context.
-    """
+    The validation text is held back, or else the last tenth of the documents: its first 500 (the first fifth of fewer
+    than 2,500) are `dev`, for every choice, the rest `test`. rows: {split: (tokens,)}, memory-mapped; no window crosses
+    from one to another. token_bytes: (V,) the bytes of every token, 0 for END, so that bits per byte =
+    summed loss (nats) / ln 2 / token_bytes[targets].sum(). ValueError for a bad or too short text."""
 
-    def __init__(self, path: str, valid_path: str | None = None, name="bytes", context=128, seed=0):
+    def __init__(self, path, valid_path=None, name="tinystories", context=128, seed=0, cache="out/tokens"):
         self.encoding, self.context, self.seed = tokenizer(name), context, seed
         self.vocab_size = self.encoding.n_vocab
-        tokens, held = read_tokens(path, self.encoding), f"the last tenth of {path}"
-        train, valid = tokens[: len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10 :]
-        if valid_path:
-            train, valid, held = tokens, read_tokens(valid_path, self.encoding), valid_path
-        cut = len(valid) // 5
-        self.rows = {"train": train, "dev": valid[:cut], "test": valid[cut:]}
+        lengths = {self.encoding.encode_single_token(token): len(token) for token in self.encoding.token_byte_values()}
+        self.token_bytes = torch.tensor([lengths.get(token, 0) for token in range(self.vocab_size)])
+        rows = [read_tokens(file, self.encoding, cache) for file in (path, valid_path) if file]
+        if not valid_path:
+            starts = self.starts(rows[0])
+            rows = np.split(rows[0], [starts[min(len(starts) * 9 // 10, len(starts) - 3)]])  # two documents, or more
+        starts = self.starts(rows[1])
+        dev, test = np.split(rows[1], [starts[min(500, (len(starts) + 3) // 5)]])
+        self.rows = {"train": rows[0], "dev": dev, "test": test}
         for split, row in self.rows.items():
-            what = f"{split} ({path if split == 'train' else f'a part of {held}'})"
-            require(len(row) > context, f"{what} has {len(row)} tokens; a context of {context} needs {context + 1}")
+            found = f"{split}, from {path if split == 'train' else valid_path or path}, has {len(row)} tokens"
+            require(len(row) > context, f"{found}; a context of {context} needs {context + 1}: give a longer text")
+
+    def starts(self, row):
+        """tokens (many,) -> (documents + 1,) where every document starts, and where the last one ends."""
+        step, end = 2**24, self.encoding.eot_token  # in steps: the whole row at once would fill the memory
+        ends = (i + 1 + np.flatnonzero(row[i : i + step] == end) for i in range(0, len(row), step))
+        return np.concatenate([[0], *ends])
+
+    def documents(self, split: str) -> list[np.ndarray]:
+        """The documents of a split, in order: arrays (tokens,) whose last token is END."""
+        return np.split(np.asarray(self.rows[split]), self.starts(self.rows[split])[1:-1])
 
     def batch(self, step: int, n: int):
         """n windows of the training text: tokens (n, T) and targets (n, T), the tokens that follow."""
-        row = self.rows["train"]
-        starts = np.random.default_rng([self.seed, 1, step]).integers(len(row) - self.context, size=n)
-        return windows(row, starts, self.context)
+        rng = np.random.default_rng([self.seed, 1, step])
+        return self.windows("train", rng.integers(len(self.rows["train"]) - self.context, size=n))
 
-    def held_out(self, split: str, most: int = 256):
-        """Up to `most` windows, evenly spread over dev or test: tokens and targets (n, T)."""
-        row = self.rows[split]
-        n = min(most, (len(row) - 1) // self.context)
-        return windows(row, np.linspace(0, len(row) - self.context - 1, n).astype(int), self.context)
+    def held_out(self, split: str, most: int | None = 256):
+        """Windows that do not overlap, evenly spread over a split; None: all that fit. tokens and targets (n, T)."""
+        room = len(self.rows[split]) - self.context - 1
+        n = min(most or room + 1, room // self.context + 1)
+        return self.windows(split, np.arange(n) * room // max(n - 1, 1))
+
+    def windows(self, split: str, starts):
+        """starts (n,) -> the windows of a split that start there (n, T), and what follows each of their tokens."""
+        places = starts[:, None] + np.arange(self.context + 1)  # (n, T + 1)
+        rows = torch.from_numpy(self.rows[split][places].astype(np.int64))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def show(self, token: int) -> str:
         """A token as people can read it: 'e', ' the', '\\n'."""
         return repr(self.encoding.decode([token]))
 
 
-def windows(tokens, starts, length):
-    """tokens (many,), starts (n,) -> the windows (n, length) and what follows each of their tokens (n, length)."""
-    rows = torch.from_numpy(tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64))  # (n, length + 1)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+if __name__ == "__main__":
+    try:
+        require(len(sys.argv) == 2, "usage: python data.py PATH, a text to train the tokenizer tinystories on")
+        RANKS.write_bytes(train_tokenizer(sys.argv[1]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")

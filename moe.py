@@ -430,23 +430,27 @@ class MoETransformer(nn.Module):
             balance, z = (sum(each) / len(routing) for each in zip(*losses, strict=True))
         return Output(logits, loss, balance, z, routing)
 
-    @torch.no_grad()
     def generate(self, tokens, n_tokens, temperature=0.0, stop=None, valid=None, generator=None):
         """Continue prompts (B, T), greedily or sampled at a temperature; valid (B, T) is false at padding on the right.
 
         Returns the new tokens (B, up to n_tokens). A row that has said `stop` repeats it; when all have, it ends.
         """
+        return torch.stack([*self.stream(tokens, n_tokens, temperature, stop, valid, generator)], 1)  # (B, n)
+
+    @torch.no_grad()
+    def stream(self, tokens, n_tokens, temperature=0.0, stop=None, valid=None, generator=None):
+        """The same, token by token: yields (B,)."""
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.bool()
         need, limit = int(valid.sum(-1).max()) + n_tokens, self.config.context
         require(n_tokens > 0, f"n_tokens is {n_tokens}; it must be at least 1")
         require(need <= limit, f"prompt and {n_tokens} new tokens are {need} tokens; the context is {limit}")
-        training, cache, new = self.training, Cache(), []
+        training, cache = self.training, Cache()
         self.eval()
         try:
             x = self.run(self.embed(tokens), valid, cache)  # (B, T, D)
             x = x[torch.arange(len(x)), valid.sum(1) - 1]  # (B, T, D) -> (B, D) the last token of each prompt
             done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            while len(new) < n_tokens and not done.all():
+            for left in reversed(range(n_tokens)):
                 logits = self.head(x)  # (B, V)
                 token = logits.argmax(-1)  # (B,)
                 if temperature > 0:
@@ -454,11 +458,12 @@ class MoETransformer(nn.Module):
                 if stop is not None:
                     token = token.masked_fill(done, stop)
                     done = token == stop
-                new.append(token)
+                yield token
+                if left == 0 or done.all():
+                    return
                 x = self.run(self.embed(token[:, None]), cache=cache)[:, 0]  # (B, 1, D) -> (B, D)
         finally:
             self.train(training)
-        return torch.stack(new, 1)  # (B, n)
 
     def routers(self) -> list[Router]:
         """The routers, bottom to top; Remix.rows and Output.routing count them so."""

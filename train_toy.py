@@ -9,7 +9,7 @@ import itertools
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,9 +18,9 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
-from data import SkillsTask, TextData
+from data import SkillsTask
 from lab import checkpoint, cli, plots, stats
-from lab.tasks import evaluate, specialisation
+from lab.tasks import evaluate, final_scores, load_data, specialisation, stories
 from moe import MoEConfig, MoETransformer
 
 
@@ -28,10 +28,10 @@ from moe import MoEConfig, MoETransformer
 class TrainConfig:
     """What a run learns, and how."""
 
-    data: Annotated[Literal["skills", "text"], "the synthetic task, or a text of your own"] = "skills"
+    data: Annotated[Literal["skills", "tinystories", "text"], "the task, TinyStories (1.9 GB), your text"] = "skills"
     data_file: Annotated[str | None, "a UTF-8 text, its documents ended by <|endoftext|>; implies --data text"] = None
     valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
-    tokenizer: Annotated[str, "for text: bytes, or an encoding of tiktoken, such as gpt2"] = "bytes"
+    tokenizer: Annotated[str, "for text: tinystories, bytes, or an encoding of tiktoken, such as gpt2"] = "tinystories"
     model: Annotated[Literal["moe", "dense"], "dense: every layer as wide as what a token visits in the MoE"] = "moe"
     steps: Annotated[int, "optimiser steps"] = 600
     batch: Annotated[int, "sequences in a step"] = 64
@@ -44,6 +44,7 @@ class TrainConfig:
     z: Annotated[float, "weight of the router z-loss"] = 0.001
     seed: Annotated[int, "draws the task, the weights and the batches"] = 0
     seeds: Annotated[int, "how many seeds to run, one after the other"] = 1
+    twin: Annotated[bool, "train the dense twin of every seed as well, and compare them in pairs"] = False
     eval_every: Annotated[int, "steps between evaluations, each with a checkpoint"] = 100
     threads: Annotated[int, "CPU threads (0: as many as torch would take)"] = 1
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
@@ -67,14 +68,17 @@ class TrainConfig:
             raise ValueError("--data text needs --data-file PATH")
 
 
-TEXT = {"d_model": 128, "context": 128, "batch": 8, "lr": 2e-3, "warmup": 100, "final_lr": 0.1, "steps": 500}
+TEXT = {"d_model": 128, "context": 128, "batch": 8, "steps": 2500, "eval_every": 250, "lr": 6e-3, "warmup": 100}
 FREE = ("resume", "device", "compile")  # flags that a resumed run may change
 SHOWN = {  # how people read the scores
     "loss": ("cross-entropy (nats)", ".3f"),
     "perplexity": ("perplexity per token", ".2f"),
+    "bits_per_byte": ("bits per byte", ".3f"),
     "accuracy": ("accuracy", ".1%"),
     "clear": ("  clear cues", ".1%"),
     "ambiguous": ("  ambiguous cues", ".1%"),
+    "cloze": ("last word, one of four", ".1%"),
+    "frequent": ("  the most frequent", ".1%"),
     "balance_loss": ("balance loss", ".2f"),
     "seconds": ("training (s)", ".0f"),
 }
@@ -82,7 +86,7 @@ SHOWN = {  # how people read the scores
 
 def main(argv=None) -> int:
     """Train, report, and say what to run next -> the exit code."""
-    parser = cli.Parser("train_toy.py", description=__doc__)
+    parser = cli.Parser("train_toy.py", usage="%(prog)s [flags]", description=__doc__)
     cli.add_flags(parser, TrainConfig, MoEConfig, skip=("vocab_size",))  # the data decides
     given = parser.parse(argv)
     train, sizes = resumed(given) if given.get("resume") else fresh(given)
@@ -93,13 +97,16 @@ def main(argv=None) -> int:
         )
     train.threads = train.threads or torch.get_num_threads()
     torch.set_num_threads(train.threads)
-    results = []
+    names = ("moe", "dense") if train.twin else (train.model,)
+    results, several = {name: [] for name in names}, train.seeds > 1
     for seed in range(train.seed, train.seed + train.seeds):
-        result = run(TrainConfig(**{**asdict(train), "seed": seed, "seeds": 1}), sizes, several=train.seeds > 1)
-        if result is None:
-            return 130  # what a shell expects of a program that Ctrl-C has ended
-        results.append(result)
-    if train.seeds > 1:
+        for name in names:
+            one = {**asdict(train), "seed": seed, "seeds": 1, "model": name, "twin": False}
+            scores = run(TrainConfig(**one), replace(sizes), several or train.twin)
+            if scores is None:
+                return 130  # what a shell expects of a program that Ctrl-C has ended
+            results[name].append(scores)
+    if several:
         print(summary(results, train))
     return 0
 
@@ -108,7 +115,7 @@ def fresh(given: dict):
     """Settings of a new run: the flags over the defaults, which for text are others than for the skills task."""
     if given.get("data_file") and "data" not in given:
         given["data"] = "text"
-    values = {**(TEXT if given.get("data") == "text" else {}), **given}
+    values = {**(TEXT if given.get("data", "skills") != "skills" else {}), **given}
     return cli.build(TrainConfig, values), cli.build(MoEConfig, values)
 
 
@@ -127,7 +134,7 @@ def resumed(given: dict):
 def run(train: TrainConfig, sizes: MoEConfig, several: bool):
     """One run of one seed -> its scores, or None if it was interrupted."""
     device = pick_device(train.device)
-    data = load_data(train, sizes)
+    data = load_data(asdict(train), sizes.context)
     sizes.vocab_size = data.vocab_size
     if train.model == "dense":
         sizes.dense_layers = tuple(range(sizes.n_layers))
@@ -146,10 +153,13 @@ def run(train: TrainConfig, sizes: MoEConfig, several: bool):
     plots.loss_figure(log, uniform(train, data), f"{train.data}, seed {train.seed}", folder / "loss.png")
     load = []
     if model.routers():
-        shares, load, kinds = specialisation(model, data)
+        special = specialisation(model, data)
+        load = special.load
         title = f"Which expert does what: {train.data}, seed {train.seed}"
-        plots.routing_figure(shares, load, kinds, sizes.top_k, title, folder / "routing.png")
-    scores = {split: evaluate(model, data, split) for split in ("dev", "test")}
+        plots.routing_figure(special.shares, load, special.kinds, sizes.top_k, title, folder / "routing.png")
+    scores = final_scores(model, data)
+    if train.data != "skills":
+        print(f"\nthree samples:\n\n{stories(model, data)}")
     print(report(train, model, data, scores, log, load, folder))
     return {**scores["test"], "seconds": log[-1]["seconds"]}
 
@@ -241,21 +251,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_data(train: TrainConfig, sizes: MoEConfig):
-    """The skills task of this seed, or the text."""
-    if train.data == "skills":
-        return SkillsTask(train.seed)
-    return TextData(train.data_file, train.valid_file, train.tokenizer, sizes.context, train.seed)
-
-
 def new_folder(train: TrainConfig, several: bool) -> Path:
     """out/DATA-sSEED, or the next free name; --out names another, which may not hold a run yet."""
+    dense = "-dense" if train.model == "dense" else ""
     if train.out:
-        folder = Path(f"{train.out}-s{train.seed}" if several else train.out)
+        folder = Path(f"{train.out}{dense}-s{train.seed}" if several else train.out)
         if (folder / "config.json").exists():
             raise cli.Usage(f"{folder} holds a run already; continue it with --resume {folder}, or name another --out")
         return folder
-    name = f"{train.data}{'-dense' if train.model == 'dense' else ''}-s{train.seed}"
+    name = f"{train.data}{dense}-s{train.seed}"
     names = (Path("out") / (name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
     return next(folder for folder in names if not folder.exists())
 
@@ -268,10 +272,11 @@ def progress(log: list[dict]) -> str:
         "train loss": "-" if line["train_loss"] is None else f"{line['train_loss']:.3f}",
     }
     for name, value in line["dev"].items():
-        cells[{"loss": "dev loss", "balance_loss": "balance"}.get(name, name)] = f"{value:{SHOWN[name][1]}}"
+        label = {"loss": "dev loss", "balance_loss": "balance"}.get(name, name.replace("_", " "))
+        cells[label] = f"{value:{SHOWN[name][1]}}"
     cells["time"] = f"{line['seconds']:.0f} s"
-    row = "".join(f"{text:>13}" for text in cells.values())
-    return row if len(log) > 1 else "".join(f"{name:>13}" for name in cells) + "\n" + row
+    row = "".join(f"{text:>15}" for text in cells.values())
+    return row if len(log) > 1 else "".join(f"{name:>15}" for name in cells) + "\n" + row
 
 
 def describe(train: TrainConfig, model, data, device, folder) -> str:
@@ -291,24 +296,27 @@ def report(train: TrainConfig, model, data, scores, log, load, folder) -> str:
     """What came out: scores, the load of the experts, speed, what was written, what to run next."""
     E, k = model.config.n_experts, model.config.top_k
     notes = {"loss": f"uniform guess: {uniform(train, data):.2f}", "accuracy": "uniform guess: 6.2%"}
-    notes |= {"ambiguous": "the reading depends on the dialect", "balance_loss": f"1.00 is even, {E / k:.2f} collapsed"}
+    notes |= {"cloze": "chance: 25.0%", "balance_loss": f"1.00 is even, {E / k:.2f} collapsed"}
     rows = [
         [SHOWN[name][0], *(f"{scores[split][name]:{SHOWN[name][1]}}" for split in scores), notes.get(name, "")]
-        for name in scores["test"]
+        for name in scores["dev"]
     ]
     lines = [cli.table(rows, header=["held-out", *scores, ""]), ""]
     for layer, share in enumerate(load):
         even = f"{share.min() * E / k:.2f} to {share.max() * E / k:.2f} of an even share"
         lines.append(f"load, layer {layer}  {cli.bar_line(share)}  {even}")
     seconds, tokens = log[-1]["seconds"], train.steps * data.batch(0, train.batch)[0].numel()
-    figure = folder / ("routing.png" if len(load) else "loss.png")
+    hints = {
+        "python train_toy.py --seeds 3 --twin": "how much of this is luck? beside it, the dense twin",
+        "python train_toy.py --data tinystories": "little stories; --data-file PATH: a text of your own",
+    }
+    if train.data != "skills":
+        hints = {"python eval.py sample": "let it tell a story", "python eval.py routing": "which expert does what"}
     done = [
         ("trained", f"{tokens:,} tokens in {seconds:.0f} s ({tokens / seconds:,.0f} a second)"),
         ("wrote", f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}"),
-        ("next", f"look at {figure}; then"),
-        ("", "python train_toy.py --seeds 3         how much of this is luck"),
-        ("", "python train_toy.py --model dense     the twin without experts, as many activated parameters"),
-        ("", "python train_toy.py --data-file PATH  a text of your own"),
+        ("next", f"look at {folder / ('routing.png' if len(load) else 'loss.png')}; then"),
+        *(("", f"{command:40}{what}") for command, what in hints.items()),
     ]
     return "\n".join(["", *lines, "", cli.table(done, left=2)])
 
@@ -318,16 +326,19 @@ def uniform(train: TrainConfig, data) -> float:
     return math.log(SkillsTask.N if train.data == "skills" else data.vocab_size)
 
 
-def summary(results: list[dict], train: TrainConfig) -> str:
-    """Test scores over several seeds: mean, spread, and the interval of the mean."""
-    rows = []
-    for name in results[0]:
-        label, form = SHOWN[name]
-        values = [result[name] for result in results]
-        mean, half = stats.interval(values)
-        each = "  ".join(f"{value:{form}}" for value in values)
-        shown = [f"{value:{form}}" for value in (mean, np.std(values, ddof=1), mean - half, mean + half)]
-        rows.append([label, shown[0], shown[1], f"{shown[2]} to {shown[3]}", each])
+def summary(results: dict[str, list[dict]], train: TrainConfig) -> str:
+    """Test scores over several seeds: mean, spread, and the interval of the mean; for twins, too, of the difference."""
+    rows, (first, *others) = [], results
+    differences = {f"{first} - {other}": (first, other) for other in others}
+    for name in (*results, *differences):
+        rows.append([name, *[""] * 4])
+        a, b = differences.get(name, (name, None))
+        for score in (score for score in results[a][0] if b is None or score in results[b][0]):
+            values = [x[score] - (y[score] if b else 0) for x, y in zip(results[a], results[b or a], strict=True)]
+            (label, form), (mean, half) = SHOWN[score], stats.interval(values)
+            shown = [f"{value:{form}}" for value in (mean, np.std(values, ddof=1), mean - half, mean + half)]
+            each = "  ".join(f"{value:{form}}" for value in values)
+            rows.append([f"  {label}", shown[0], shown[1], f"{shown[2]} to {shown[3]}", each])
     seeds = f"seeds {train.seed} to {train.seed + train.seeds - 1}"
     return "\n" + cli.table(rows, header=["test, over seeds", "mean", "sd", "95 % interval", seeds])
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from moe import require
+from moe import MoEConfig, MoETransformer, require
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
 
@@ -49,6 +49,21 @@ def save(folder: Path, model, optimizer, step: int, settings: dict, log: list[di
     write(folder / "config.json", json.dumps(settings, indent=2).encode())
     write(folder / "model.safetensors", safetensors.torch.save(weights, {"format": "pt", "step": str(step)}))
     write(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log).encode())
+
+
+def load(folder: Path):
+    """The model of a run, in evaluation mode, and the settings of its training -> (model, settings)."""
+    settings = read_settings(folder)
+    model = MoETransformer(MoEConfig(**settings["model"]))
+    load_weights(model, read(folder / "model.safetensors")[0], folder)
+    return model.eval(), settings["train"]
+
+
+def newest(parent: Path = Path("out")) -> Path:
+    """The run that was saved last. ValueError where there is none."""
+    runs = sorted(parent.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    require(len(runs) > 0, f"no run in {parent}/: train one with python train_toy.py, or name its folder")
+    return runs[-1].parent
 
 
 def resume(folder: Path, model, optimizer):

@@ -41,24 +41,44 @@ def loss_figure(log: list[dict], floor: float, name: str, path: Path):
     fig.savefig(path)
 
 
-def routing_figure(shares: np.ndarray, load: np.ndarray, rows: list[str], top_k: int, title: str, path: Path):
-    """Which expert does what: shares (L, R, E), the share of the tokens of each kind (a row) that visit each expert,
-    and above it load (L, E), the share of all tokens that do. Experts stand in the order of the kind they prefer."""
+def preference(shares: np.ndarray) -> np.ndarray:
+    """The order (E,) of experts by the kind of token, a row of shares (R, E), that they prefer."""
+    return np.lexsort((-shares.max(0), shares.argmax(0)))
+
+
+def routing_figure(shares: np.ndarray, load: np.ndarray, kinds: list[str], top_k: int, title: str, path: Path):
+    """Which expert does what: shares (L, R, E), the share of the tokens of each kind that visit each expert, and above
+    it load (L, E), the share of all tokens that do. Experts stand in the order of the kind they prefer."""
     L, R, E = shares.shape
     fig, axes = figure(2.9 * L + 0.8, 1.6 + 0.22 * R, nrows=2, ncols=L, height_ratios=[1, 0.22 * R], squeeze=False)
     for layer in range(L):
-        order = np.lexsort((-shares[layer].max(0), shares[layer].argmax(0)))  # (E,)
-        top, ax = axes[:, layer]
+        order, (top, ax) = preference(shares[layer]), axes[:, layer]
         top.bar(range(E), 100 * load[layer, order], color=BLUE, width=0.8)
         top.axhline(100 * top_k / E, color=ORANGE, linewidth=1, linestyle="--")
-        top.set(
-            title=f"layer {layer}", xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 100 * max(load.max(), top_k / E) * 1.15)
-        )
+        top.set(title=f"layer {layer}", xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 115 * max(load.max(), top_k / E)))
         image = ax.imshow(100 * shares[layer][:, order], cmap="magma_r", vmin=0, vmax=100, aspect="auto")
         ax.set(xticks=range(E), yticks=range(R), xlabel="expert (sorted by what it prefers)")
         ax.set_xticklabels(order, fontsize=6 if E <= 24 else 4)
-        ax.set_yticklabels(rows if layer == 0 else [])
+        ax.set_yticklabels(kinds if layer == 0 else [])
     axes[0, 0].set_ylabel("all tokens\n(%)", fontsize=8)
     fig.colorbar(image, ax=axes[1, :], label="tokens that visit it (%)", pad=0.01)
     fig.suptitle(title + "   (dashed: even load)", color=INK)
+    fig.savefig(path)
+
+
+def together_figure(together: np.ndarray, shares: np.ndarray, title: str, path: Path):
+    """Co-activation: together (L, E, E), the share of the tokens of expert i that also visit expert j."""
+    L, E, _ = together.shape
+    fig, axes = figure(2.6 * L + 0.8, 3.1, ncols=L, squeeze=False)
+    for layer in range(L):
+        order, ax = preference(shares[layer]), axes[0, layer]
+        part = 100 * together[layer][np.ix_(order, order)]
+        np.fill_diagonal(part, np.nan)  # an expert is always together with itself
+        image = ax.imshow(part, cmap="magma_r", vmin=0, vmax=100 * np.nanmax(together - np.eye(E)))
+        ax.set(title=f"layer {layer}", xticks=range(E), yticks=range(E), xlabel="also visit expert")
+        ax.set_xticklabels(order, fontsize=5 if E <= 24 else 3)
+        ax.set_yticklabels(order, fontsize=5 if E <= 24 else 3)
+    axes[0, 0].set_ylabel("tokens of expert")
+    fig.colorbar(image, ax=axes[0, :], label="share (%)", pad=0.01)
+    fig.suptitle(title, color=INK)
     fig.savefig(path)

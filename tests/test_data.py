@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import END, SKILLS, SkillsTask, TextData, tokenizer
+from data import SKILLS, SkillsTask
 from moe import IGNORE
 
 # The ten skills once more, in plain Python and independent of data.py.
@@ -94,60 +94,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert not torch.equal(first[0], later.batch(4, 8)[0]) and not torch.equal(first[0], SkillsTask(6).batch(3, 8)[0])
 
 
-@pytest.fixture
-def stories(tmp_path):
-    """Fifty small documents, not all of them ASCII."""
-    path = tmp_path / "stories.txt"
-    path.write_text("".join(f"Story {i}: the naïve café 🦊.\n{END}\n" for i in range(50)), encoding="utf-8")
-    return path
-
-
-def test_bytes_are_tokens(stories):
-    """With the tokenizer `bytes` any UTF-8 text is its bytes, and an end-of-text mark inside it is text, too."""
-    encoding = tokenizer("bytes")
-    text = f"naïve 🦊\n\tcafé {END}\x00"
-    assert encoding.encode_ordinary(text) == list(text.encode()) and encoding.decode(list(text.encode())) == text
-    data = TextData(str(stories), context=16)
-    document = "Story 0: the naïve café 🦊.".encode()
-    assert data.rows["train"][: len(document) + 1].tolist() == [*document, 256]
-    assert sum(int((row == 256).sum()) for row in data.rows.values()) == 50
-
-
-def test_text_batches(stories):
-    """Targets are the tokens that follow; training never sees held-out text; dev and test do not overlap."""
-    data = TextData(str(stories), context=16, seed=1)
-    tokens, targets = data.batch(0, 8)
-    assert tokens.shape == targets.shape == (8, 16) and torch.equal(tokens[:, 1:], targets[:, :-1])
-    assert torch.equal(tokens, TextData(str(stories), context=16, seed=1).batch(0, 8)[0])
-    whole = np.concatenate([data.rows[split] for split in ("train", "dev", "test")])
-    assert bytes(whole[whole < 256].astype(np.uint8)) == stories.read_bytes().replace(f"\n{END}\n".encode(), b"")
-    tokens, targets = data.held_out("test")
-    assert torch.equal(tokens[0], torch.from_numpy(data.rows["test"][:16].astype(np.int64)))
-    assert targets[-1, -1] == data.rows["test"][-1]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such text file"),
-        (b"", "holds no text .0 bytes."),
-        (b" \n" + END.encode() * 3, "holds no text"),
-        (b"good\xff\xfebad", "is not UTF-8: byte 4 is 0xff"),
-        (b"too short", r"has \d+ tokens; a context of 16 needs 17"),
-    ],
-)
-def test_bad_text(tmp_path, content, message):
-    """A text that cannot be learnt from is refused in one line that says why."""
-    path = tmp_path / "bad.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        TextData(str(path), context=16)
-
-
 def test_bad_names():
-    """Unknown tokenizers and splits are answered with the known ones, or the nearest."""
-    with pytest.raises(ValueError, match="did you mean gpt2"):
-        tokenizer("gpt-2")
+    """An unknown split is answered with the known ones."""
     with pytest.raises(ValueError, match="it has train, reference, dev, test"):
         SkillsTask().prompts("valid")

@@ -9,9 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lines, blank ones not counted.
 BUDGETS = {
-    "moe.py": 390,
+    "moe.py": 395,
     "data.py": 250,
     "train_toy.py": 300,
+    "eval.py": 350,
     "lab": 1_200,
     "tests": 2_000,
 }

@@ -147,17 +147,28 @@ def test_dense_twin(capsys):
 
 
 def test_text(tmp_path, capsys):
-    """A text file of one's own trains with bytes for tokens."""
-    (tmp_path / "tale.txt").write_text("Once upon a time there was a fox. <|endoftext|>\n" * 200, encoding="utf-8")
+    """A text file of one's own trains with our tokenizer, or with bytes for tokens, and ends with three samples."""
+    (tmp_path / "tale.txt").write_text("Once upon a time there was a fox.\n<|endoftext|>\n" * 200, encoding="utf-8")
     assert call(f"{SMALL} --data-file tale.txt --context 16") == 0
     text = capsys.readouterr().out
-    assert "perplexity per token" in text and "uniform guess: 5.55" in text  # ln 257
+    assert "perplexity per token" in text and "uniform guess: 7.62" in text and "three samples" in text  # ln 2048
+    assert call(f"{SMALL} --data-file tale.txt --context 16 --tokenizer bytes") == 0
+    assert "uniform guess: 5.55" in capsys.readouterr().out  # ln 257
+
+
+def test_twins(capsys):
+    """--twin trains the dense twin of every seed as well, and gives the differences pair by pair."""
+    assert call(f"{SMALL} --twin --seeds 2 --out pair") == 0
+    text, runs = capsys.readouterr().out, ("pair-s0", "pair-s1", "pair-dense-s0", "pair-dense-s1")
+    last = [checkpoint.load(checkpoint.Path(run))[0] for run in runs]
+    loss = [train_toy.final_scores(model, SkillsTask(i % 2))["test"]["loss"] for i, model in enumerate(last)]
+    assert "moe - dense" in text and f"{loss[0] - loss[2]:.3f}  {loss[1] - loss[3]:.3f}" in text
 
 
 WRONG = {
     "flag": ("--step 5", 2, "unknown flag --step; did you mean --steps?"),
     "word": ("skills", 2, "unknown argument skills"),
-    "choice": ("--data skils", 2, "'skils' is not one of skills, text; did you mean skills?"),
+    "choice": ("--data skils", 2, "'skils' is not one of skills, tinystories, text; did you mean skills?"),
     "number": ("--steps many", 2, "--steps: invalid int value: 'many'"),
     "negative": ("--steps 0", 2, "steps is 0; it must be at least 1"),
     "heads": ("--d-model 30 --n-heads 4", 2, "d_model 30 does not divide into 4 heads: try 32, or give head_dim"),

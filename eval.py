@@ -1,0 +1,134 @@
+"""Open a trained model up. Each sub-command takes a run folder, or else the newest one in out/:
+
+python eval.py perplexity     how well it predicts held-out text
+python eval.py routing        which expert does what
+python eval.py sample         let it tell a story
+python eval.py cloze          choose the last word of stories
+"""
+
+import codecs
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import SkillsTask
+from lab import checkpoint, cli, plots
+from lab.stats import share_interval
+from lab.tasks import accuracy, choose, cloze, evaluate, load_data, most_frequent, specialisation
+from moe import require
+
+
+def main(argv=None) -> int:
+    """Run a sub-command -> the exit code."""
+    commands = {"perplexity": perplexity, "routing": routing, "sample": sample, "cloze": cloze_task}
+    argv = list(argv or [])
+    if not argv or argv[0] not in (*commands, "-h", "--help"):
+        near = cli.nearest(argv[0], commands) if argv else ""
+        raise cli.Usage(f"expected a command: {', '.join(commands)}{near} (--help tells what each does)")
+    if argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    parser = cli.Parser(f"eval.py {argv[0]}", usage="%(prog)s [run] [flags]", description=commands[argv[0]].__doc__)
+    parser.add_argument("run", nargs="?", type=Path, help="the run's folder (none: the newest in out/)")
+    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="held-out part [dev]")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
+    if argv[0] == "sample":
+        parser.add_argument("--prompt", default="Once upon a time", help="how the text begins [Once upon a time]")
+        parser.add_argument("--tokens", type=int, help="how many to add at most (none: up to the context)")
+        parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token [0.8]")
+        parser.add_argument("--seed", type=int, default=0, help="draws the text [0]")
+    args = parser.parse(argv[1:])
+    torch.set_num_threads(max(1, args.pop("threads")))
+    folder = args.pop("run") or checkpoint.newest()
+    model, train = checkpoint.load(folder)
+    data = load_data(train, model.config.context)
+    found = f"{data.vocab_size} tokens, the model {model.config.vocab_size}"
+    require(data.vocab_size == model.config.vocab_size, f"{folder}: the tokenizer has {found}")
+    print(f"{folder}: {train['data']}, {model.n_params():,} parameters\n")
+    return commands[argv[0]](folder, model, data, **args)
+
+
+def perplexity(folder, model, data, split) -> int:
+    """How well a model predicts a held-out split, all of it: nats and perplexity per token, bits per byte."""
+    scores = evaluate(model, data, split, most=None)
+    names = {"loss": "nats per token", "perplexity": "perplexity per token", "bits_per_byte": "bits per byte"}
+    rows = [(names.get(name, name.replace("_", " ")), f"{value:.4f}") for name, value in scores.items()]
+    print(cli.table(rows, header=[split, ""]))
+    return save(folder, f"perplexity-{split}", scores)
+
+
+def routing(folder, model, data, split) -> int:
+    """Which expert does what on a held-out split: load, entropy, first choices, the tokens that each takes most."""
+    require(len(model.routers()) > 0, f"{folder} is a dense model: it has no router to look into")
+    special, K = specialisation(model, data, split, n_kinds=100), model.config.top_k
+    rows = []
+    for layer, load in enumerate(special.load):
+        even = load * len(load) / K
+        cells = (special.entropy[layer], special.top[layer], even.min(), even.max())
+        rows.append((f"layer {layer}", *(f"{cell:.2f}" for cell in cells), cli.bar_line(load)))
+    print(cli.table(rows, header=["", "entropy", "top-1", "least", "most", "load of each expert"]))
+    print("entropy: of a token's probabilities, 1 = uniform; top-1: the probability of its first choice;")
+    print(
+        f"least, most: load of an expert, 1 = an even share, which is {K / special.load.shape[1]:.0%} of the tokens\n"
+    )
+    for layer, shares in enumerate(special.shares):  # (R, E)
+        best = np.argsort(-shares, axis=0)[:6].T  # (E, 6) the kinds of token of which an expert takes the largest share
+        text = ["  ".join(f"{special.kinds[r]} {shares[r, e]:.0%}" for r in row) for e, row in enumerate(best)]
+        print(cli.table(list(enumerate(text)), header=[f"layer {layer}", "takes most of"], left=2), end="\n\n")
+    title, figures = f"{folder}, {split}", (folder / "routing.png", folder / "together.png")
+    common = special._replace(shares=special.shares[:, :12], kinds=special.kinds[:12])
+    plots.routing_figure(common.shares, common.load, common.kinds, K, f"Which expert does what: {title}", figures[0])
+    plots.together_figure(common.together, common.shares, f"Experts that work together: {title}", figures[1])
+    numbers = {name: value.tolist() for name, value in special._asdict().items() if name != "kinds"}
+    print(f"wrote {figures[0]} and {figures[1]}", end="")
+    return save(folder, f"routing-{split}", {"kinds": special.kinds, **numbers})
+
+
+def sample(folder, model, data, split, prompt, tokens, temperature, seed) -> int:
+    """Continue a prompt, token by token as they come."""
+    require(not isinstance(data, SkillsTask), f"{folder} has learnt the skills task, and knows no text")
+    start = [data.encoding.eot_token, *data.encoding.encode_ordinary(prompt)]
+    room = model.config.context - len(start)
+    require(
+        room > 0, f"the prompt has {len(start)} tokens; it must be shorter than the context, {model.config.context}"
+    )
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may take several tokens
+    generator = torch.Generator().manual_seed(seed)
+    print(prompt, end="")
+    stop, most = data.encoding.eot_token, min(tokens or room, room)
+    for token in model.stream(torch.tensor([start]), most, temperature, stop, generator=generator):
+        if int(token) != stop:
+            print(text.decode(data.encoding.decode_single_token_bytes(int(token))), end="", flush=True)
+    print(text.decode(b"", final=True))
+    return 0
+
+
+def cloze_task(folder, model, data, split) -> int:
+    """Choose the true last word of held-out stories among four; beside it, choosing the most frequent last word."""
+    require(not isinstance(data, SkillsTask), f"{folder} has learnt the skills task, and knows no stories")
+    questions = cloze(data, split)
+    n = len(questions)
+    require(n >= 20, f"only {n} stories of {split} end with a word of one token; a cloze task needs 20 or more")
+    rows, scores = [], {"questions": n}
+    for name, picked in (("the model", choose(model, questions)), ("most frequent", most_frequent(data, questions))):
+        share = accuracy(picked, questions)
+        low, high = share_interval(round(share * n), n)
+        scores[name] = {"accuracy": share, "interval": [low, high]}
+        rows.append((name, f"{share:.1%}", f"{low:.1%} to {high:.1%}"))
+    rows.append(("chance", "25.0%", ""))
+    print(cli.table(rows, header=[f"{n} stories of {split}", "right", "95 % interval"]))
+    return save(folder, f"cloze-{split}", scores)
+
+
+def save(folder: Path, name: str, scores: dict) -> int:
+    """Scores as JSON beside the checkpoint -> 0."""
+    path = folder / f"{name}.json"
+    checkpoint.write(path, json.dumps(scores, indent=2).encode())
+    print(f"\nwrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -54,7 +54,10 @@ def save(folder: Path, model, optimizer, step: int, settings: dict, log: list[di
 def load(folder: Path):
     """The model of a run, in evaluation mode, and the settings of its training -> (model, settings)."""
     settings = read_settings(folder)
-    model = MoETransformer(MoEConfig(**settings["model"]))
+    try:
+        model = MoETransformer(MoEConfig(**settings["model"]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} describes no model of ours: {error}") from None
     load_weights(model, read(folder / "model.safetensors")[0], folder)
     return model.eval(), settings["train"]
 
@@ -69,12 +72,14 @@ def newest(parent: Path = Path("out")) -> Path:
 def resume(folder: Path, model, optimizer):
     """Load the saved state into model and optimizer, bit by bit -> (step, log, recent)."""
     state, meta = read(folder / "state.safetensors")
-    require({"step", "log", "recent"} <= meta.keys(), f"{folder / 'state.safetensors'} was not written by train_toy.py")
+    names = {f"{moment}/{name}" for name, _ in model.named_parameters() for moment in MOMENTS}
+    ours = {"step", "log", "recent"} <= meta.keys() and names <= state.keys()
+    require(ours, f"{folder / 'state.safetensors'} was not written by train_toy.py for this model")
     step = int(meta["step"])
     load_weights(model, {n.removeprefix("weight/"): t for n, t in state.items() if n.startswith("weight/")}, folder)
     for name, weight in model.named_parameters():
         moments = {moment: state[f"{moment}/{name}"].to(weight.device) for moment in MOMENTS}
-        optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
+        optimizer.state[weight] = {"step": torch.tensor(float(step), device=weight.device), **moments}
     return step, json.loads(meta["log"]), json.loads(meta["recent"])
 
 
@@ -96,7 +101,7 @@ def read_settings(folder: Path) -> dict:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from None
-    ours = isinstance(settings, dict) and {"model", "train"} <= settings.keys()
+    ours = isinstance(settings, dict) and all(isinstance(settings.get(name), dict) for name in ("model", "train"))
     require(ours, f"{path} was not written by train_toy.py: it has no entries `model` and `train`")
     return settings
 

@@ -96,7 +96,7 @@ def build(config: type, values: dict):
     names = {field.name for field in dataclasses.fields(config)}
     try:
         return config(**{name: value for name, value in values.items() if name in names})
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise Usage(str(error)) from error
 
 
@@ -114,6 +114,9 @@ def run(main):
             raise
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, Usage) else 1)
+    except KeyboardInterrupt:
+        print(f"\n{sys.argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 class Interrupt:

@@ -210,9 +210,11 @@ def test_wrong_resume(capsys, tmp_path):
     assert call("--resume run") == 1 and "is not a readable safetensors file" in capsys.readouterr().err
     save_file({"other.weight": torch.zeros(2)}, path)
     assert call("--resume run") == 1 and "was not written by train_toy.py" in capsys.readouterr().err
-    tensors = {name: tensor for name, tensor in load_file("run/model.safetensors").items() if "embedding" not in name}
-    tensors = {f"weight/{name}": tensor for name, tensor in tensors.items()}
-    save_file(tensors, path, {"step": "2", "log": "[]", "recent": "[]"})
+    path.write_bytes(good)
+    tensors, meta = checkpoint.read(path)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "exp_avg/norm.weight"}, path, meta)
+    assert call("--resume run") == 1 and "for this model" in capsys.readouterr().err
+    save_file({name: tensor for name, tensor in tensors.items() if name != "weight/embedding.weight"}, path, meta)
     assert call("--resume run") == 1
     assert "does not fit the model: embedding.weight: missing, expected (47, 16)" in capsys.readouterr().err
     (tmp_path / "run/config.json").write_text("[]")

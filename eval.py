@@ -37,7 +37,7 @@ def main(argv=None) -> int:
     if argv[0] == "sample":
         parser.add_argument("--prompt", default="Once upon a time", help="how the text begins [Once upon a time]")
         parser.add_argument("--tokens", type=int, help="how many to add at most (none: up to the context)")
-        parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token [0.8]")
+        parser.add_argument("--temperature", type=float, default=0.6, help="0: always the most probable token [0.6]")
         parser.add_argument("--seed", type=int, default=0, help="draws the text [0]")
     args = parser.parse(argv[1:])
     torch.set_num_threads(max(1, args.pop("threads")))
@@ -68,13 +68,13 @@ def routing(folder, model, data, split) -> int:
         even = load * len(load) / K
         cells = (special.entropy[layer], special.top[layer], even.min(), even.max())
         rows.append((f"layer {layer}", *(f"{cell:.2f}" for cell in cells), cli.bar_line(load)))
+    share = f"{K / special.load.shape[1]:.0%}"
     print(cli.table(rows, header=["", "entropy", "top-1", "least", "most", "load of each expert"]))
     print("entropy: of a token's probabilities, 1 = uniform; top-1: the probability of its first choice;")
-    print(
-        f"least, most: load of an expert, 1 = an even share, which is {K / special.load.shape[1]:.0%} of the tokens\n"
-    )
-    for layer, shares in enumerate(special.shares):  # (R, E)
-        best = np.argsort(-shares, axis=0)[:6].T  # (E, 6) the kinds of token of which an expert takes the largest share
+    print(f"least, most: load of an expert, 1 = an even share, which is {share} of the tokens\n")
+    for layer, shares in enumerate(special.shares.round(2)):  # (R, E)
+        # The kinds of which an expert takes the largest share; of equals, the most frequent first.
+        best = np.argsort(-shares, axis=0, kind="stable")[:6].T  # (R, E) -> (E, 6)
         text = ["  ".join(f"{special.kinds[r]} {shares[r, e]:.0%}" for r in row) for e, row in enumerate(best)]
         print(cli.table(list(enumerate(text)), header=[f"layer {layer}", "takes most of"], left=2), end="\n\n")
     title, figures = f"{folder}, {split}", (folder / "routing.png", folder / "together.png")

@@ -275,8 +275,8 @@ def progress(log: list[dict]) -> str:
         label = {"loss": "dev loss", "balance_loss": "balance"}.get(name, name.replace("_", " "))
         cells[label] = f"{value:{SHOWN[name][1]}}"
     cells["time"] = f"{line['seconds']:.0f} s"
-    row = "".join(f"{text:>15}" for text in cells.values())
-    return row if len(log) > 1 else "".join(f"{name:>15}" for name in cells) + "\n" + row
+    row = "".join(f"{text:>{max(len(name), 6) + 3}}" for name, text in cells.items())
+    return row if len(log) > 1 else "".join(f"{name:>{max(len(name), 6) + 3}}" for name in cells) + "\n" + row
 
 
 def describe(train: TrainConfig, model, data, device, folder) -> str:

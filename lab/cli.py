@@ -106,7 +106,7 @@ def run(main):
     `python -X dev SCRIPT` shows the traceback as well.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows would refuse the bars
+        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)  # Windows would refuse the bars
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as error:

@@ -176,9 +176,9 @@ def final_scores(model, data) -> dict[str, dict]:
 
 
 def stories(model, data, n: int = 3) -> str:
-    """n texts sampled from nothing but the end of another text, at temperature 0.8, as the model tells them."""
+    """n texts sampled from nothing but the end of another text, at temperature 0.6, as the model tells them."""
     stop, device = data.encoding.eot_token, next(model.parameters()).device
     start, generator = torch.full((n, 1), stop, device=device), torch.Generator(device).manual_seed(0)
-    told = model.generate(start, model.config.context - 1, 0.8, stop, generator=generator).tolist()
+    told = model.generate(start, model.config.context - 1, 0.6, stop, generator=generator).tolist()
     texts = [data.encoding.decode([token for token in row if token != stop]) for row in told]
     return "\n\n".join(textwrap.fill(" ".join(text.split()), 110) for text in texts)

@@ -21,9 +21,6 @@ from tqdm import tqdm
 
 from moe import IGNORE, require
 
-# ------------------------------------------------------------------------------------------------- skills and dialects
-
-
 # Ten skills: functions of two arrays of numbers from 0 to 15, into the same numbers.
 SKILLS = {
     "max(a, b)": np.maximum,
@@ -294,6 +291,7 @@ class TextData:
 if __name__ == "__main__":
     try:
         require(len(sys.argv) == 2, "usage: python data.py PATH, a text to train the tokenizer tinystories on")
-        RANKS.write_bytes(train_tokenizer(sys.argv[1]))
+        print(f"wrote {RANKS.write_bytes(train_tokenizer(sys.argv[1])):,} bytes to {RANKS}")
     except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(1 if len(sys.argv) == 2 else 2)

@@ -387,7 +387,7 @@ class MoETransformer(nn.Module):
         require(longest <= limit, f"a sequence of {longest} tokens is longer than the context, {limit}")
         rows, at, mask = {}, None, None
         if remix is not None:
-            at = new & (position == position[:, -1:]) if remix.at is None else remix.at  # (B, T) bool
+            at = new & (position == position[:, -1:]) if remix.at is None else remix.at.bool()  # (B, T)
             require(at.shape == (B, T), f"remix.at has shape {tuple(at.shape)}; expected {(B, T)}")
             at = at.flatten()  # (B, T) -> (N,)
             for index, row in remix.rows.items():

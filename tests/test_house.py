@@ -54,3 +54,19 @@ def test_readme_shows_what_is_there():
     assert [path.name for path in modules if path.name not in readme and path.name != "__init__.py"] == []
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert blocks and all(block.strip() in moe for block in blocks)
+
+
+def test_readme_counts_lines():
+    """The line counts of the README's file tree are right, to a tenth."""
+    tree = re.findall(r"^(\S+)  +(\d+)   ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert {"moe.py", "data.py", "train_toy.py", "eval.py", "lab/cli.py", "tests/"} <= {name for name, _ in tree}
+    for name, count in tree:
+        files = (ROOT / name).glob("*.py") if name.endswith("/") else [ROOT / name]
+        lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+        assert abs(lines - int(count)) <= lines / 10, f"{name} has {lines} lines, the README says {count}"
+
+
+def test_every_module_is_packaged():
+    """An installed copy holds every top-level module: setuptools would silently leave out what is not listed."""
+    listed = re.search(r"py-modules = (\[.*\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    assert set(ast.literal_eval(listed)) == {path.stem for path in ROOT.glob("*.py")}

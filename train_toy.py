@@ -33,7 +33,7 @@ class TrainConfig:
     valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
     tokenizer: Annotated[str, "for text: tinystories, bytes, or an encoding of tiktoken, such as gpt2"] = "tinystories"
     model: Annotated[Literal["moe", "dense"], "dense: every layer as wide as what a token visits in the MoE"] = "moe"
-    steps: Annotated[int, "optimiser steps"] = 600
+    steps: Annotated[int, "optimiser steps"] = 500
     batch: Annotated[int, "sequences in a step"] = 64
     lr: Annotated[float, "peak learning rate"] = 3e-3
     warmup: Annotated[int, "steps of linear warm-up, before the cosine"] = 50

@@ -49,8 +49,8 @@ def evaluate(model, data, split: str, most: int | None = 256) -> dict:
             right.append((logits.argmax(-1) == labels).cpu())
             balance, count = balance + len(labels) * float(out.balance_loss), count + len(labels)
         right = torch.cat(right).float()
-        accuracy = {"accuracy": right, "clear": right[prompts.clear], "ambiguous": right[~prompts.clear]}
-        scores = {"loss": nats / count} | {name: part.mean().item() for name, part in accuracy.items()}
+        groups = {"accuracy": right, "clear": right[prompts.clear], "ambiguous": right[~prompts.clear]}
+        scores = {"loss": nats / count} | {name: group.mean().item() for name, group in groups.items()}
     else:
         for tokens, targets, out in passes(model, *data.held_out(split, most)):
             nats += F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), reduction="sum").item()

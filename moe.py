@@ -223,7 +223,7 @@ def router_losses(routing: Routing, share):
 class Remix(NamedTuple):
     """A pathway to impose: `rows` replace the softmax of those routers where `at` is true (C3PO, arXiv 2504.07964)."""
 
-    rows: dict[int, torch.Tensor]  # router index -> (B, E)
+    rows: dict[int, torch.Tensor]  # router index -> (B, E), or (B, T, E) for a row of its own at every token
     at: torch.Tensor | None = None  # (B, T) bool; None: at each row's last valid token
 
 
@@ -391,10 +391,12 @@ class MoETransformer(nn.Module):
             require(at.shape == (B, T), f"remix.at has shape {tuple(at.shape)}; expected {(B, T)}")
             at = at.flatten()  # (B, T) -> (N,)
             for index, row in remix.rows.items():
-                fits = index in range(len(self.routers())) and row.shape == (B, config.n_experts)
+                expected, n = (B, config.n_experts), len(self.routers())
+                fits = index in range(n) and row.shape in (expected, (B, T, config.n_experts))
                 found = f"a pathway of shape {tuple(row.shape)} for router {index!r}"
-                require(fits, f"{found}; expected {(B, config.n_experts)} for one of {len(self.routers())} routers")
-                rows[index] = row.repeat_interleave(T, 0)  # (B, E) -> (N, E)
+                require(fits, f"{found}; expected {expected}, or one for each of {T} tokens, for one of {n} routers")
+                row = row if row.dim() == 3 else row[:, None].expand(-1, T, -1)  # (B, E) -> (B, T, E)
+                rows[index] = row.flatten(0, 1)  # (B, T, E) -> (N, E)
         if valid is None and S == 0:
             position = position[:1]  # (1, T)
         else:

@@ -4,6 +4,7 @@ python eval.py perplexity     how well it predicts held-out text
 python eval.py routing        which expert does what
 python eval.py sample         let it tell a story
 python eval.py cloze          choose the last word of stories
+python eval.py remix          C3PO: re-mix its experts for each prompt, beside all that it is compared with
 """
 
 import codecs
@@ -12,17 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data import SkillsTask
 from lab import checkpoint, cli, plots
+from lab.baselines import METHODS, arena_of
+from lab.contest import contest, figures, sweep_table, sweeps
 from lab.stats import share_interval
 from lab.tasks import accuracy, choose, cloze, evaluate, load_data, most_frequent, specialisation
 from moe import require
+from remix import RemixConfig
 
 
 def main(argv=None) -> int:
     """Run a sub-command -> the exit code."""
-    commands = {"perplexity": perplexity, "routing": routing, "sample": sample, "cloze": cloze_task}
+    commands = {
+        "perplexity": perplexity,
+        "routing": routing,
+        "sample": sample,
+        "cloze": cloze_task,
+        "remix": remix_task,
+    }
     argv = list(argv or [])
     if not argv or argv[0] not in (*commands, "-h", "--help"):
         near = cli.nearest(argv[0], commands) if argv else ""
@@ -31,7 +42,8 @@ def main(argv=None) -> int:
         print(__doc__)
         return 0
     parser = cli.Parser(f"eval.py {argv[0]}", usage="%(prog)s [run] [flags]", description=commands[argv[0]].__doc__)
-    parser.add_argument("run", nargs="?", type=Path, help="the run's folder (none: the newest in out/)")
+    several = "*" if argv[0] == "remix" else "?"
+    parser.add_argument("run", nargs=several, type=Path, help="the run's folder (none: the newest in out/)")
     parser.add_argument("--split", choices=("dev", "test"), default="dev", help="held-out part [dev]")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
     if argv[0] == "sample":
@@ -39,8 +51,18 @@ def main(argv=None) -> int:
         parser.add_argument("--tokens", type=int, help="how many to add at most (none: up to the context)")
         parser.add_argument("--temperature", type=float, default=0.6, help="0: always the most probable token [0.6]")
         parser.add_argument("--seed", type=int, default=0, help="draws the text [0]")
+    if argv[0] == "remix":
+        parser.add_argument("--methods", help="rows of the table, such as NGD,oracle (none: all)")
+        parser.add_argument("--most", type=int, help="prompts of a run (none: all)")
+        parser.add_argument("--strict", action="store_true", help="no neighbour shares an operand with the prompt")
+        parser.add_argument("--ablate", action="store_true", help="vary one setting of NGD after the other, instead")
+        parser.add_argument("--beside", nargs="*", type=Path, default=[], help="runs of a larger model, not re-mixed")
+        parser.add_argument("--out", type=Path, help="folder for JSON and figures (none: the first run's)")
+        cli.add_flags(parser, RemixConfig, skip=("method",))
     args = parser.parse(argv[1:])
     torch.set_num_threads(max(1, args.pop("threads")))
+    if argv[0] == "remix":
+        return remix_task(args.pop("run") or [checkpoint.newest()], **args)
     folder = args.pop("run") or checkpoint.newest()
     model, train = checkpoint.load(folder)
     data = load_data(train, model.config.context)
@@ -120,6 +142,36 @@ def cloze_task(folder, model, data, split) -> int:
     rows.append(("chance", "25.0%", ""))
     print(cli.table(rows, header=[f"{n} stories of {split}", "right", "95 % interval"]))
     return save(folder, f"cloze-{split}", scores)
+
+
+def remix_task(folders, split, methods, most, strict, ablate, beside, out, **given) -> int:
+    """C3PO: re-mix the experts of a frozen model for each prompt, beside all that it is compared with."""
+    names = [name.strip() for name in methods.split(",")] if methods else list(METHODS)
+    for name in names:
+        if name not in METHODS:
+            raise cli.Usage(f"unknown method {name!r}{cli.nearest(name, METHODS)} (there are: {', '.join(METHODS)})")
+    if beside and len(beside) != len(folders):
+        raise cli.Usage(f"--beside names {len(beside)} runs for {len(folders)}; expected one for each, of its seed")
+    cli.build(RemixConfig, given)
+    arenas = [arena_of(folder, split, most, given, strict) for folder in tqdm(folders, leave=False, disable=None)]
+    out, n, m = out or folders[0], len(arenas[0].labels), len(arenas[0].references.labels)
+    out.mkdir(parents=True, exist_ok=True)
+    right = np.mean([int(arena.references.correct.sum()) for arena in arenas])
+    arm = ", of which none shares an operand with its prompt" if strict else ""
+    print(f"{len(folders)} runs, {n:,} prompts of {split} each; {m:,} references, {right:,.0f} answered right{arm}\n")
+    name = f"remix-{split}{'-strict' if strict else ''}"
+    title = f"{len(folders)} seeds, {split}{', no neighbour shares an operand' if strict else ''}"
+    if ablate:
+        found = sweeps(arenas)
+        print(sweep_table(found))
+        plots.sweeps_figure(found, f"NGD with one setting varied at a time ({title})", out / f"{name}-ablation.png")
+        print(f"\nwrote {out / name}-ablation.png", end="")
+        return save(out, f"{name}-ablation", found)
+    text, found = contest(folders, arenas, names, given, beside)
+    print(text)
+    paths = figures(arenas[0], found, given, title, str(out / name))
+    print("\nwrote", ", ".join(map(str, paths)), end="")
+    return save(out, name, found)
 
 
 def save(folder: Path, name: str, scores: dict) -> int:

@@ -46,9 +46,7 @@ class RemixConfig:
     method: Annotated[Literal["mode_finding", "kernel_regression", "ngd", "oracle"], "the surrogate"] = "ngd"
     k: Annotated[int, "neighbours of each sample"] = 3
     epsilon: Annotated[float | None, "instead: all references within this distance (0 to 2)"] = None
-    embedding: Annotated[str, "what is near: tfidf, tfidf-places, tfidf-bigrams, hidden:LAYER, pathway, own"] = (
-        "tfidf-places"
-    )
+    embedding: Annotated[str, "tfidf, tfidf-places, tfidf-bigrams, hidden:LAYER, pathway, own"] = "tfidf-places"
     kernel: Annotated[Literal["gaussian", "matern", "polynomial", "linear"], "weighs the neighbours"] = "gaussian"
     sigma: Annotated[float | None, "width of the kernel (none: median distance of a sample's neighbours)"] = None
     duplicate: Annotated[float, "references as similar to a sample as this are dropped"] = 0.95
@@ -60,9 +58,7 @@ class RemixConfig:
     lr: Annotated[float, "first step of ngd, on a cosine down to a thousandth"] = 0.5
     rule: Annotated[Literal["normed", "plain"], "a step is lr * g / |g|, or lr * g"] = "normed"
     space: Annotated[Literal["logits", "raw"], "ngd moves log-probabilities, or (the paper) raw weights"] = "logits"
-    loss: Annotated[Literal["vocabulary", "options"], "cross-entropy over all tokens, or over the options"] = (
-        "vocabulary"
-    )
+    loss: Annotated[Literal["vocabulary", "options"], "cross-entropy over all, or the options"] = "vocabulary"
     alpha: Annotated[float, "what mode_finding keeps of the pathway at each step"] = 0.5
     batch: Annotated[int, "samples at a time"] = 64
     max_memory: Annotated[float, "MB for the references' prefixes that are kept"] = 512.0
@@ -113,30 +109,9 @@ class Prefix(NamedTuple):
 
     x: torch.Tensor  # (n, P, D)
     new: torch.Tensor  # (n, P) bool, false at padding
-    keys: torch.Tensor  # (n, L, G, S, C)
-    values: torch.Tensor  # (n, L, G, S, C)
+    keys: torch.Tensor  # (n, S, L, G, C)
+    values: torch.Tensor  # (n, S, L, G, C)
     old: torch.Tensor  # (n, S) bool, false at padding
-
-    def rows(self, index):
-        """Some of the prompts, or several copies of them."""
-        return Prefix(*(tensor[index] for tensor in self))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self)
-
-    @staticmethod
-    def stack(prefixes: list["Prefix"]) -> "Prefix":
-        """Single prompts, of any lengths, as one batch, padded on the right."""
-        P, S = (max(prefix[i].shape[0] for prefix in prefixes) for i in (1, 4))
-        if all((len(prefix.new), len(prefix.old)) == (P, S) for prefix in prefixes):
-            return Prefix(*map(torch.stack, zip(*prefixes, strict=True)))
-        rows = []
-        for x, new, keys, values, old in prefixes:
-            p, s = P - len(new), S - len(old)
-            pads = {x: (0, 0, 0, p), new: (0, p), keys: (0, 0, 0, s), values: (0, 0, 0, s), old: (0, s)}
-            rows.append([F.pad(tensor, pad) for tensor, pad in pads.items()])
-        return Prefix(*map(torch.stack, zip(*rows, strict=True)))
 
 
 class Tail:
@@ -161,24 +136,22 @@ class Tail:
         kept = tokens.gather(1, after.clamp(max=tokens.shape[1] - 1))  # (n, T) -> (n, P)
         x = model.run(model.embed(kept), new, cache, last=self.first, write=False)
         none = x.new_zeros(len(x), model.config.n_kv_heads, 0, model.config.head_dim)  # where nothing stands before
-        layers = range(self.first, len(model.blocks))
-        keys, values = (
-            torch.stack([part.get(layer, none) for layer in layers], 1)  # (n, G, S, C) each -> (n, L, G, S, C)
-            for part in (cache.keys, cache.values)
+        above = range(self.first, len(model.blocks))
+        keys, values = (  # (n, G, S, C) for each layer -> (n, L, G, S, C) -> (n, S, L, G, C)
+            torch.stack([part.get(i, none) for i in above], 1).movedim(3, 1) for part in (cache.keys, cache.values)
         )
         return Prefix(x, new, keys, values, new[:, :0] if cache.valid is None else cache.valid)
 
     def __call__(self, prefix: Prefix, pathway=None, routing=None):
         """Logits (n, V) that follow the prompts, along a pathway (n, R, E), or else along the model's own."""
         x, new, keys, values, old = prefix
-        (n, P), imposed = new.shape, None
-        old_keys, old_values = (dict(enumerate(part.unbind(1), self.first)) for part in (keys, values))
+        (n, P), imposed, every = new.shape, None, self.token == "all"
+        keys, values = (part.movedim(1, 3).unbind(1) for part in (keys, values))  # (n, S, L, G, C) -> L x (n, G, S, C)
+        cache = Cache(dict(enumerate(keys, self.first)), dict(enumerate(values, self.first)), old)
         if pathway is not None:
             rows = pathway.unflatten(1, (-1, len(self.routers)))  # (n, R, E) -> (n, 1 or P, routers, E)
-            every = self.token == "all"
             at = new if every else torch.arange(P, device=new.device).expand(n, P) == 0  # (n, P)
             imposed = Remix({r: rows[:, :, i] if every else rows[:, 0, i] for i, r in enumerate(self.routers)}, at)
-        cache = Cache(old_keys, old_values, old)
         x = self.model.run(x, new, cache, self.first, remix=imposed, write=False, routing=routing)
         return self.model.head(x[torch.arange(n), new.sum(1) - 1])  # (n, P, D) -> (n, D) -> (n, V)
 
@@ -237,8 +210,7 @@ class ReferenceSet:
         require(len(prompts) > 0, "the reference set is empty; re-mixing needs labelled samples, hundreds or more")
         tokens, lengths = padded(prompts, V)
         require(len(labels) == len(tokens), f"{len(tokens)} references have {len(labels)} labels; expected one each")
-        low, high = int(labels.min()), int(labels.max())
-        require(0 <= low <= high < V, f"labels go from {low} to {high}; the vocabulary goes from 0 to {V - 1}")
+        inside("labels", labels, V)
         options = None if options is None else torch.as_tensor(options)
         there = options is None or bool((options == labels[:, None]).any(1).all())
         require(there, "the label of a reference is not among its options")
@@ -285,13 +257,19 @@ def padded(prompts, V: int):
     rows = [torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts]
     require(min(map(len, rows), default=0) > 0, f"expected one prompt or more, none empty; found {len(rows)} prompts")
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    low, high = int(tokens.min()), int(tokens.max())
-    require(0 <= low <= high < V, f"tokens go from {low} to {high}; the vocabulary goes from 0 to {V - 1}")
+    inside("tokens", tokens, V)
     return tokens, torch.tensor([len(row) for row in rows])
 
 
-def portions(tokens, lengths, size: int = 256):
-    """Prompts a few at a time, with no more padding than they need."""
+def inside(what: str, tokens, V: int):
+    """ValueError unless all tokens are of the vocabulary."""
+    low, high = (int(token) for token in tokens.aminmax())
+    require(0 <= low <= high < V, f"{what} go from {low} to {high}; the vocabulary goes from 0 to {V - 1}")
+
+
+def portions(tokens, lengths, most: int = 8_192):
+    """Prompts, so many that they hold at most 8,192 tokens, with no more padding than they need."""
+    size = max(1, most // tokens.shape[1])
     for part, length in zip(tokens.split(size), lengths.split(size), strict=True):
         yield part[:, : int(length.max())], length
 
@@ -325,19 +303,20 @@ class Prefixes:
         found = {i: self.kept[i] for i in index if i in self.kept}
         missing = sorted(set(index) - found.keys())
         self.asked, self.hits = self.asked + len(index), self.hits + len(index) - len(missing)
-        made = portions(self.references.tokens[missing], self.references.lengths[missing])
+        made = portions(self.references.tokens[missing], self.references.lengths[missing]) if missing else ()
         cuts = (row for part in made for row in zip(*self.tail.cut(*part), strict=True))
-        for i, (x, new, keys, values, old) in zip(missing, cuts, strict=True):
+        for i, row in zip(missing, cuts, strict=True):
+            x, new, keys, values, old = row
             p, s = int(new.sum()), int(old.sum())  # a clone without padding: a view would keep its whole batch alive
-            short = (x[:p], new[:p], keys[:, :, :s], values[:, :, :s], old[:s])
-            found[i] = Prefix(*(tensor.clone() for tensor in short))
-            self.size += found[i].nbytes
+            found[i] = [part.clone() for part in (x[:p], new[:p], keys[:s], values[:s], old[:s])]
+            self.size += sum(part.nbytes for part in found[i])
         self.kept.update(found)
         for i in index:
             self.kept.move_to_end(i)
         while self.size > self.most:
-            self.size -= self.kept.popitem(last=False)[1].nbytes
-        return Prefix.stack([found[i] for i in index])
+            self.size -= sum(part.nbytes for part in self.kept.popitem(last=False)[1])
+        parts = zip(*(found[i] for i in index), strict=True)
+        return Prefix(*(torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in parts))
 
 
 # --------------------------------------------------------------------------------------------------------- neighbours
@@ -488,7 +467,7 @@ def neighbour_loss(tail: Tail, prefix: Prefix, owner, weight, labels, options=No
         candidates = pathway.view(-1, *pathway.shape[-3:])  # (c, n, R, E)
         c, n, M = *candidates.shape[:2], len(owner)
         imposed = candidates.index_select(1, owner).flatten(0, 1)  # (c, M, R, E) -> (c*M, R, E)
-        logits = tail(prefix if c == 1 else prefix.rows(torch.arange(M).repeat(c)), imposed)  # (c*M, V)
+        logits = tail(Prefix(*(part.repeat(c, *[1] * (part.dim() - 1)) for part in prefix)), imposed)  # (c*M, V)
         logits = logits if options is None else logits.gather(1, options.repeat(c, 1))  # (c*M, O)
         each = F.cross_entropy(logits, target.repeat(c), reduction="none").view(c, M) * weight
         return each.new_zeros(c, n).index_add(1, owner, each).view(pathway.shape[:-2])
@@ -524,27 +503,31 @@ def kernel_regression(core: Core, mean, loss, grid: int = 11):
 
 
 def ngd(core: Core, loss, config: RemixConfig):
-    """Gradient descent on a loss of pathways (paper, section 3.3) -> the best of those passed (n, R, E), and all their
-    losses (n, steps + 1).
+    """Neighbourhood gradient descent (paper, section 3.3) -> the best pathway (n, R, E), losses (n, steps + 1).
 
-    Logits keep every row a distribution; raw weights are clipped at 0 and rescaled after every step."""
-    logits, best, losses = config.space == "logits", core.start, []
-    z = core.start.clamp(min=TINY).log() if logits else core.start
+    Logits keep every row a distribution; raw weights, as in the paper, are clipped at 0 and rescaled after a step."""
+    if config.space == "raw":
+        return descend(loss, core.start, config, then=lambda w: core.rescale(w.clamp(min=0)))
+    w, losses = descend(lambda z: loss(core.softmax(z)), core.start.clamp(min=TINY).log(), config)
+    return torch.where((losses[:, 1:] < losses[:, :1]).any(1)[:, None, None], core.softmax(w), core.start), losses
+
+
+@torch.enable_grad()
+def descend(loss, z, config: RemixConfig, then=lambda z: z):
+    """Gradient descent on losses (n,) of z (n, ...), each sample on its own -> the best z, losses (n, steps + 1)."""
+    best, losses, column = z, [], (-1, *[1] * (z.dim() - 1))
     for step in range(config.steps + 1):
         z = z.detach().requires_grad_()
-        w = core.softmax(z) if logits else z
-        value = loss(w)  # (n,)
-        better = value < torch.stack(losses).amin(0) if losses else torch.zeros_like(value, dtype=torch.bool)
-        best = torch.where(better[:, None, None], w.detach(), best)
+        value = loss(z)  # (n,)
+        better = value < torch.stack(losses).amin(0) if losses else torch.ones_like(value, dtype=torch.bool)
+        best = torch.where(better.view(column), z.detach(), best)
         losses.append(value.detach())
-        if step == config.steps:
-            break
-        (g,) = torch.autograd.grad(value.sum(), z)  # samples do not depend on each other: each gets its own gradient
-        if config.rule == "normed":
-            g = g / g.flatten(1).norm(dim=1).clamp(min=TINY)[:, None, None]
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
-        z = z - config.lr * (0.001 + 0.999 * cosine) * g
-        z = z if logits else core.rescale(z.clamp(min=0))
+        if step < config.steps:
+            (g,) = torch.autograd.grad(value.sum(), z)  # samples do not depend on each other: each gets its own
+            if config.rule == "normed":
+                g = g / g.flatten(1).norm(dim=1).clamp(min=TINY).view(column)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
+            z = then(z - config.lr * (0.001 + 0.999 * cosine) * g)
     return best, torch.stack(losses, 1)
 
 
@@ -567,43 +550,35 @@ def remix(model, prompts, references=None, config=None, labels=None, options=Non
     changes: to the config, such as method="ngd", k=3; see RemixConfig. labels (n,): for the oracle, and for it alone.
     options (n, O): for the oracle with loss "options". allowed (n, m) bool: the references that may be neighbours.
     embeddings (n, X): with embedding "own". neighbours: what `find` returned, if you have it.
-    ValueError: see the messages. The settings are the user's, so is what does not fit together."""
+    ValueError for whatever does not fit together: see `check`."""
     config = replace(config or RemixConfig(), **changes)
-    oracle, method, sizes = config.method == "oracle", config.method, model.config
-    tail = Tail(model, critical_layers(model, config.layers), config.token)
-    require(oracle or labels is None, f"{method} may not see the samples' labels; only the oracle does: leave them out")
-    require(labels is not None or not oracle, "the oracle needs the labels of the samples: labels, of shape (n,)")
-    stuck = sizes.top_k == 1 and sizes.norm_topk and method in ("ngd", "oracle")
-    require(not stuck, f"{method} follows gradients, and with top_k 1 and norm_topk there are none: the one weight is "
-                       "always 1; take kernel_regression or mode_finding")  # fmt: skip
-    tokens, lengths = padded(prompts, sizes.vocab_size)
-    if not oracle:
-        require(references is not None, f"{method} needs references: ReferenceSet.build makes them")
-        check(references, model, tokens, lengths, config)
-    parts, n = [], len(tokens)
+    tail, method = Tail(model, critical_layers(model, config.layers), config.token), config.method
+    tokens, lengths = padded(prompts, model.config.vocab_size)
+    check(model, references, tokens, lengths, labels, config)
+    parts, device = [], tail.device
     with frozen(model), torch.no_grad():
-        if not oracle:
+        if method != "oracle":
             neighbours = neighbours or find(tail, references, tokens, lengths, config, allowed, embeddings)
             pathways, prefixes = tail.pathways(references), Prefixes(tail, references, config.max_memory * 1e6)
-        for rows in tqdm(torch.arange(n).split(config.batch), desc=method, leave=False, disable=None):
+        for rows in tqdm(torch.arange(len(tokens)).split(config.batch), desc=method, leave=False, disable=None):
             prefix = tail.cut(tokens[rows, : int(lengths[rows].max())], lengths[rows])
             start, before = tail.base(prefix)
             core, losses = core_experts(start, config.core), start.new_zeros(len(rows), 0)
-            if oracle:
-                own = None if options is None or config.loss == "vocabulary" else options[rows]
-                loss = neighbour_loss(tail, prefix, torch.arange(len(rows)), torch.ones(len(rows)), labels[rows], own)
-            else:
-                loss = nearby(tail, prefixes, neighbours, rows, config)
-            if method == "mode_finding":
-                w = mode_finding(core, pathways, neighbours.allowed[rows], config)
+            if method == "oracle":
+                among = options[rows].to(device) if config.loss == "options" else None
+                each, one = torch.arange(len(rows), device=device), torch.ones(len(rows), device=device)
+                loss = neighbour_loss(tail, prefix, each, one, labels[rows].to(device), among)
+                w, losses = ngd(core, loss, config)
+            elif method == "ngd":
+                w, losses = ngd(core, nearby(tail, prefixes, neighbours, rows, config), config)
             elif method == "kernel_regression":
                 near = pathways[neighbours.index[rows].clamp(min=0)]  # (n, k, R, E)
-                w, losses = kernel_regression(core, torch.einsum("nk,nkre->nre", neighbours.weight[rows], near), loss)
+                mean = torch.einsum("nk,nkre->nre", neighbours.weight[rows].to(near), near).to(device)
+                w, losses = kernel_regression(core, mean, nearby(tail, prefixes, neighbours, rows, config))
             else:
-                with torch.enable_grad():
-                    w, losses = ngd(core, loss, config)
+                w = mode_finding(core, pathways.to(device), neighbours.allowed[rows].to(device), config)
             parts.append([part.cpu() for part in (start, w, before, tail(prefix, w), losses)])
-    hits = 0.0 if oracle else prefixes.hits / max(prefixes.asked, 1)
+    hits = 0.0 if method == "oracle" else prefixes.hits / max(prefixes.asked, 1)
     return RemixResult(*map(torch.cat, zip(*parts, strict=True)), neighbours, hits)
 
 
@@ -618,16 +593,29 @@ def nearby(tail: Tail, prefixes: Prefixes, neighbours: Neighbours, rows, config:
     return neighbour_loss(tail, prefixes(chosen.tolist()), *(part.to(device) for part in parts), options)
 
 
-def check(references: ReferenceSet, model, tokens, lengths, config: RemixConfig):
-    """ValueError for references of another model or token, without the options asked for, or with a test prompt."""
+def check(model, references, tokens, lengths, labels, config: RemixConfig):
+    """ValueError for labels shown to a method that may not see them, for a method without what it needs, for references
+    of another model or another token, and for prompts that are references."""
+    method, sizes, oracle = config.method, model.config, config.method == "oracle"
+    require(oracle or labels is None, f"{method} may not see the samples' labels; only the oracle does: leave them out")
+    require(labels is not None or not oracle, "the oracle needs the labels of the samples: labels, of shape (n,)")
+    stuck = sizes.top_k == 1 and sizes.norm_topk and method in ("ngd", "oracle")
+    mend = "take kernel_regression or mode_finding"
+    require(
+        not stuck, f"{method}: with top_k 1 and norm_topk the one weight is always 1, and the gradient zero; {mend}"
+    )
+    if oracle:
+        return
+    require(references is not None, f"{method} needs references: ReferenceSet.build makes them")
     references.require_model(model)
-    kinds = f"pathways of the {references.token} token, the settings ask for {config.token}"
-    require(references.token == config.token, f"the references hold {kinds}: build them with token={config.token!r}")
+    kind = f"the references hold pathways of the {references.token} token, the settings ask for {config.token}"
+    require(references.token == config.token, f"{kind}: build them with token={config.token!r}")
     there = config.loss == "vocabulary" or references.options is not None
     require(there, "loss options needs the options of the references: ReferenceSet.build(..., options=(m, O))")
-    known = {tuple(row[:n]) for row, n in zip(references.tokens.tolist(), references.lengths.tolist(), strict=True)}
-    both = [
-        i for i, (row, n) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True)) if tuple(row[:n]) in known
-    ]
-    require(not both, f"{len(both)} of {len(tokens)} prompts are references too, the first is prompt {both[:1]}; their "
-                      "labels would be known: take them out of one of the two")  # fmt: skip
+    known, asked = (
+        [tuple(row[:n]) for row, n in zip(rows.tolist(), sizes.tolist(), strict=True)]
+        for rows, sizes in ((references.tokens, references.lengths), (tokens, lengths))
+    )
+    both = [i for i, overlap in enumerate(map(set(known).__contains__, asked)) if overlap]
+    found = f"{len(both)} of {len(asked)} prompts are references too, such as prompt {both[:1]}"
+    require(not both, f"{found}: the labels would be known; take them out of one of the two")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data import SkillsTask
 from lab import checkpoint, cli, plots, stats
+from lab.contest import taste
 from lab.tasks import evaluate, final_scores, load_data, specialisation, stories
 from moe import MoEConfig, MoETransformer
 
@@ -52,6 +53,7 @@ class TrainConfig:
         "float32"
     )
     compile: Annotated[bool, "use torch.compile"] = False
+    remix: Annotated[bool, "on the skills task: end with a taste of re-mixing"] = True
     out: Annotated[str | None, "the run's folder (none: a new one in out/)"] = None
     resume: Annotated[str | None, "continue the run in this folder"] = None
 
@@ -69,7 +71,7 @@ class TrainConfig:
 
 
 TEXT = {"d_model": 128, "context": 128, "batch": 8, "steps": 2500, "eval_every": 250, "lr": 6e-3, "warmup": 100}
-FREE = ("resume", "device", "compile")  # flags that a resumed run may change
+FREE = ("resume", "device", "compile", "remix")  # flags that a resumed run may change
 SHOWN = {  # how people read the scores
     "loss": ("cross-entropy (nats)", ".3f"),
     "perplexity": ("perplexity per token", ".2f"),
@@ -160,6 +162,8 @@ def run(train: TrainConfig, sizes: MoEConfig, several: bool):
     scores = final_scores(model, data)
     if train.data != "skills":
         print(f"\nthree samples:\n\n{stories(model, data)}")
+    if train.remix and train.data == "skills" and model.routers() and not several:
+        print("\n" + taste(folder))
     print(report(train, model, data, scores, log, load, folder))
     return {**scores["test"], "seconds": log[-1]["seconds"]}
 
@@ -307,6 +311,7 @@ def report(train: TrainConfig, model, data, scores, log, load, folder) -> str:
         lines.append(f"load, layer {layer}  {cli.bar_line(share)}  {even}")
     seconds, tokens = log[-1]["seconds"], train.steps * data.batch(0, train.batch)[0].numel()
     hints = {
+        "python eval.py remix": "re-mixing beside all that it is compared with (minutes)",
         "python train_toy.py --seeds 3 --twin": "how much of this is luck? beside it, the dense twin",
         "python train_toy.py --data tinystories": "little stories; --data-file PATH: a text of your own",
     }

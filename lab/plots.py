@@ -82,3 +82,77 @@ def together_figure(together: np.ndarray, shares: np.ndarray, title: str, path: 
     fig.colorbar(image, ax=axes[0, :], label="share (%)", pad=0.01)
     fig.suptitle(title, color=INK)
     fig.savefig(path)
+
+
+def methods_figure(rows: dict[str, dict], title: str, path: Path):
+    """Accuracy by method as points with the interval of their gain, base as a line; the null stands apart."""
+    names = [name for name in rows if name != "oracle's null"]
+    fig, ax = figure(7.5, 1.2 + 0.27 * len(names))
+    base, places = 100 * rows["base"]["accuracy"], range(len(names))[::-1]
+    for place, name in zip(places, names, strict=True):
+        row = {key: 100 * rows[name][key] for key in ("accuracy", "low", "high")}
+        colour = ORANGE if name in ("NGD", "kernel regression", "mode finding") else GREY if name == "oracle" else BLUE
+        ax.plot([base + row["low"], min(base + row["high"], 100)], [place, place], color=colour, linewidth=2)
+        ax.plot(row["accuracy"], place, "o", color=colour, markersize=5)
+        ax.annotate(
+            f"{row['accuracy']:.1f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
+        )
+    ax.axvline(base, color=INK, linewidth=1, linestyle=":")
+    ax.set(yticks=list(places), yticklabels=names, xlabel="accuracy (%), with the 95 % interval of the gain over base")
+    ax.set_title(title, color=INK, loc="left", fontsize=10)
+    fig.savefig(path)
+
+
+def oracle_figure(steps: list[int], reach: dict[str, list[float]], title: str, path: Path):
+    """How many samples an optimiser leads to its target, the right label or a wrong one, by its number of steps."""
+    fig, ax = figure(5.5, 3.2)
+    for (name, shares), colour in zip(reach.items(), (ORANGE, BLUE), strict=True):
+        target = "the right label (oracle)" if name == "oracle" else "a random wrong label (its null)"
+        ax.plot(
+            steps, [100 * share for share in shares], color=colour, marker="o", markersize=3, label=f"towards {target}"
+        )
+    ax.set(xlabel="steps of gradient descent", ylabel="prompts that get there (%)", ylim=(0, 102), xticks=steps)
+    ax.set_title(title, color=INK, fontsize=10)
+    ax.legend(fontsize=8, frameon=False, loc="center right")
+    fig.savefig(path)
+
+
+def pathway_figure(panels: dict[str, np.ndarray], title: str, path: Path):
+    """Pathways (R, E), layers by experts, side by side."""
+    R, E = next(iter(panels.values())).shape
+    fig, axes = figure(1.0 + 2.3 * len(panels), 1.5 + 0.22 * R, ncols=len(panels), squeeze=False)
+    for ax, (name, pathway) in zip(axes[0], panels.items(), strict=True):
+        image = ax.imshow(
+            100 * pathway, cmap="magma_r", vmin=0, vmax=100 * max(w.max() for w in panels.values()), aspect="auto"
+        )
+        ax.set(title=name, xlabel="expert", xticks=range(0, E, max(1, E // 8)), yticks=range(R))
+        ax.title.set_fontsize(9)
+    axes[0, 0].set_ylabel("router (layer)")
+    fig.colorbar(image, ax=axes[0, :], label="weight (%)", pad=0.01)
+    fig.suptitle(title, color=INK, fontsize=10)
+    fig.savefig(path)
+
+
+def sweeps_figure(found: dict[str, dict], title: str, path: Path):
+    """The gain of NGD with one setting varied at a time, a panel each, with 95 % intervals."""
+    columns = 4
+    fig, axes = figure(
+        12.5, 2.9 * -(-len(found) // columns), nrows=-(-len(found) // columns), ncols=columns, sharey=True
+    )
+    for ax in axes.flat[len(found) :]:
+        ax.set_visible(False)
+    for ax, (what, rows) in zip(axes.flat, found.items(), strict=False):
+        places = range(len(rows))
+        for place, row in zip(places, rows.values(), strict=True):
+            ax.plot([place, place], [100 * row["low"], 100 * row["high"]], color=BLUE, linewidth=2)
+        ax.plot(places, [100 * row["gain"] for row in rows.values()], "o", color=BLUE, markersize=4)
+        ax.axhline(0, color=INK, linewidth=1, linestyle=":")
+        tilt = max(map(len, rows)) > 4
+        ax.set_xticks(
+            list(places), list(rows), fontsize=7, rotation=25 if tilt else 0, ha="right" if tilt else "center"
+        )
+        ax.set_title(what, fontsize=9, color=INK)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("gain over base (points)", fontsize=8)
+    fig.suptitle(title, color=INK)
+    fig.savefig(path)

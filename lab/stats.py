@@ -17,3 +17,23 @@ def share_interval(right: int, n: int, level: float = 0.95):
     """The confidence interval of a share, `right` of n independent trials (Wilson's): (low, high)."""
     low, high = stats.binomtest(right, n).proportion_ci(level, method="wilson")
     return low, high
+
+
+def bootstrap(values, clusters, level: float = 0.95, draws: int = 2000):
+    """The interval (low, high) of the mean over seeds of the mean within a seed: seeds are drawn with replacement, and
+    within each of them its clusters, such as cues. values, clusters: for each seed an array (n,), and labels (n,)."""
+    sums = [np.bincount(label, value) for value, label in zip(values, clusters, strict=True)]  # (C,) for each seed
+    counts = [np.bincount(label) for label in clusters]
+    rng, S, means = np.random.default_rng(0), len(sums), np.zeros(draws)
+    for pick in rng.integers(S, size=(S, draws)):
+        for s in range(S):
+            C, mine = len(sums[s]), pick == s
+            weight = rng.multinomial(C, np.full(C, 1 / C), size=int(mine.sum()))  # (draws, C) how often each is drawn
+            means[mine] += (weight @ sums[s]) / (weight @ counts[s]) / S
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    return low, high
+
+
+def paired(a, b) -> float:
+    """The two-sided p-value of a paired t-test: a and b, a value each for every seed, differ in their mean."""
+    return float(stats.ttest_rel(a, b).pvalue)

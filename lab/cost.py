@@ -1,0 +1,113 @@
+"""What C3PO costs, by formula, by profiler and by the clock: the exact one-token form against full forwards."""
+
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lab import cli
+from moe import MoEConfig, MoETransformer, Remix
+from remix import RemixConfig, Tail, core_experts, critical_layers, frozen, neighbour_loss, ngd
+
+OLMOE = MoEConfig(50_304, 4096, 2048, 16, 16, n_experts=64, top_k=8, d_expert=1024)
+SMALL = replace(OLMOE, vocab_size=3_144, context=128, d_model=128, head_dim=8, d_expert=64, d_dense=None)  # its shape
+TOY = MoEConfig(vocab_size=47, context=64)
+
+
+def counted(run) -> int:
+    """The floating-point operations of a call, as torch counts them, grouped products included."""
+
+    def grouped(x, weight, *args, **kwargs):
+        return 2 * x[0] * weight[-2] * weight[-1]  # x (M, I), weight (E, I, O)
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str, float]:
+    """The cost of NGD for one sample, prompts of T tokens, in base forwards of its own prompt.
+
+    A token costs 2 operations for each weight that it visits, and 2 for the gradient of what enters there; attention to
+    other tokens, norms and softmaxes are left out. A pair goes forward and back at every step, then forward again."""
+    width, kv = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
+    experts = sizes.top_k * 3 * sizes.d_model * sizes.d_expert
+    layer = 2 * (sizes.d_model * (2 * width + 2 * kv + sizes.n_experts) + experts)
+    head, passes = 2 * sizes.d_model * sizes.vocab_size, 2 * steps + 1
+    base = T * sizes.n_layers * layer + head
+    return {
+        "candidate steps, layers": k * passes * last * layer / base,
+        "  with the output layer": k * passes * (last * layer + head) / base,
+        "the neighbours' prefixes, if none was kept": k * (T * sizes.n_layers * layer) / base,
+        "naive: full forwards, gradients from the first critical layer": k
+        * (passes * T * last * layer + (steps + 1) * T * (sizes.n_layers - last) * layer + passes * head)
+        / base,
+    }
+
+
+def race(sizes: MoEConfig, T: int, layers: str, n: int, dtype=torch.float32, rounds: int = 3):
+    """NGD on n samples with 3 neighbours each, prompts of T random tokens -> for the exact steps, the prefixes that
+    they need, and the steps as full forwards: the least seconds, the operations; and how far the losses are apart."""
+    torch.manual_seed(0)
+    model, config = MoETransformer(sizes).to(dtype).eval(), RemixConfig(k=3, layers=layers)
+    tail, M = Tail(model, critical_layers(model, layers)), 3 * n
+    tokens, lengths = torch.randint(sizes.vocab_size, (M, T)), torch.full((M,), T)
+    owner, weight, labels = torch.arange(M) // 3, torch.full((M,), 1 / 3), torch.randint(sizes.vocab_size, (M,))
+    with frozen(model), torch.no_grad():
+        core, prefix = core_experts(tail.base(tail.cut(tokens[:n], lengths[:n]))[0]), tail.cut(tokens, lengths)
+
+        def naive(pathway):
+            rows = {router: pathway[owner, i] for i, router in enumerate(tail.routers)}
+            logits = model.head(model.run(model.embed(tokens), remix=Remix(rows))[:, -1])  # (M, T, D) -> (M, V)
+            each = F.cross_entropy(logits, labels, reduction="none") * weight
+            return each.new_zeros(n).index_add(0, owner, each)
+
+        runs = {
+            "exact": lambda: ngd(core, neighbour_loss(tail, prefix, owner, weight, labels), config),
+            "prefixes": lambda: tail.cut(tokens, lengths),
+            "naive": lambda: ngd(core, naive, config),
+        }
+        seconds = dict.fromkeys(runs, torch.inf)
+        for _ in range(rounds):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+        apart = float((runs["exact"]()[1] - runs["naive"]()[1]).abs().max())
+        return seconds, {name: counted(run) for name, run in runs.items()}, apart
+
+
+def main(argv) -> int:
+    """python -m lab.cost: the formula for OLMoE; the clock and the profiler on small models."""
+    torch.set_num_threads(1)
+    print("NGD on OLMoE, 100 tokens, last 5 of 16 layers, k = 3, 10 steps, in base forwards:\n")
+    print(cli.table([[name, f"{value:.2f}"] for name, value in formula(OLMOE, 100, 5, 3, 10).items()]), end="\n\n")
+    lines = []
+    cases = {"toy, 64 tokens, last 2 of 4 layers": (TOY, 64, "last:2", 32)}
+    cases["OLMoE's shape, 100 tokens, last 5 of 16"] = (SMALL, 100, "last:5", 16)
+    for name, case in cases.items():
+        seconds, operations, apart = race(*case)
+        both = (seconds["exact"] + seconds["prefixes"], operations["exact"] + operations["prefixes"])
+        times = [seconds["naive"] / seconds["exact"], seconds["naive"] / both[0]]
+        times += [operations["naive"] / operations["exact"], operations["naive"] / both[1]]
+        lines.append(
+            [name, *(f"{value:.0f}" for value in times), f"{1e3 * seconds['exact'] / case[3]:.1f}", f"{apart:.0e}"]
+        )
+    head = [
+        "full forwards / exact form",
+        "clock",
+        "with prefixes",
+        "operations",
+        "with prefixes",
+        "ms a sample",
+        "differ",
+    ]
+    print(cli.table(lines, header=head))
+    print("\nwith prefixes: all of the neighbours' prefixes made anew; differ: largest difference of a neighbour loss")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

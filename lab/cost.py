@@ -30,21 +30,25 @@ def counted(run) -> int:
 def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str, float]:
     """The cost of NGD for one sample, prompts of T tokens, in base forwards of its own prompt.
 
-    A token costs 2 operations for each weight that it visits, and 2 for the gradient of what enters there; attention to
-    other tokens, norms and softmaxes are left out. A pair goes forward and back at every step, then forward again."""
+    A token costs 2 operations for each weight that it visits; attention to other tokens, norms and softmaxes are left
+    out. The gradient costs as much again, but less in the first critical layer: nothing below it is asked for, and so
+    only what the experts' down projections pass back. A pair goes forward and back at every step, then forward again.
+    """
     width, kv = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
-    experts = sizes.top_k * 3 * sizes.d_model * sizes.d_expert
-    layer = 2 * (sizes.d_model * (2 * width + 2 * kv + sizes.n_experts) + experts)
-    head, passes = 2 * sizes.d_model * sizes.vocab_size, 2 * steps + 1
-    base = T * sizes.n_layers * layer + head
-    return {
-        "candidate steps, layers": k * passes * last * layer / base,
-        "  with the output layer": k * passes * (last * layer + head) / base,
-        "the neighbours' prefixes, if none was kept": k * (T * sizes.n_layers * layer) / base,
-        "naive: full forwards, gradients from the first critical layer": k
-        * (passes * T * last * layer + (steps + 1) * T * (sizes.n_layers - last) * layer + passes * head)
-        / base,
-    }
+    down = 2 * sizes.top_k * sizes.d_model * sizes.d_expert
+    layer = 2 * sizes.d_model * (2 * width + 2 * kv + sizes.n_experts) + 3 * down
+    head, base = 2 * sizes.d_model * sizes.vocab_size, sizes.n_layers * T * layer
+    back = (last - 1) * layer + down
+    one = (steps + 1) * last * layer + steps * back  # a pair, one token
+    heads = (2 * steps + 1) * head
+    naive = T * ((steps + 1) * sizes.n_layers * layer + steps * back) + heads
+    names = (
+        "candidate steps",
+        "  with the output layer",
+        "neighbours' prefixes, if none is kept",
+        "naive: full forwards",
+    )
+    return {name: k * cost / (base + head) for name, cost in zip(names, (one, one + heads, base, naive), strict=True)}
 
 
 def race(sizes: MoEConfig, T: int, layers: str, n: int, dtype=torch.float32, rounds: int = 3):

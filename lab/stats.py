@@ -22,6 +22,7 @@ def share_interval(right: int, n: int, level: float = 0.95):
 def bootstrap(values, clusters, level: float = 0.95, draws: int = 2000):
     """The interval (low, high) of the mean over seeds of the mean within a seed: seeds are drawn with replacement, and
     within each of them its clusters, such as cues. values, clusters: for each seed an array (n,), and labels (n,)."""
+    clusters = [np.unique(label, return_inverse=True)[1] for label in clusters]
     sums = [np.bincount(label, value) for value, label in zip(values, clusters, strict=True)]  # (C,) for each seed
     counts = [np.bincount(label) for label in clusters]
     rng, S, means = np.random.default_rng(0), len(sums), np.zeros(draws)

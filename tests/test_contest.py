@@ -1,6 +1,7 @@
 """Re-mixing and its rivals: nobody sees a label, each does what its name says, and the numbers are counted right."""
 
 import copy
+import functools
 import json
 import sys
 from pathlib import Path
@@ -40,6 +41,8 @@ def test_no_method_sees_a_label(arena, name):
     """Other labels, the same answers; only the oracle and its null answer otherwise. Each method is deterministic,
     keeps base apart, and leaves the model as it was."""
     method, weights = METHODS[name], [weight.clone() for weight in arena.model.parameters()]
+    if name in ("router tuning", "router tuning, RoMA", "full fine-tuning"):
+        method = functools.partial(method, steps=5, batch=8)
     first, again, base = method(arena), method(arena), plain(arena, arena.model)
     assert torch.equal(first.logits, again.logits) and torch.equal(first.logits_before, base.logits)
     assert all(map(torch.equal, weights, arena.model.parameters()))
@@ -128,7 +131,7 @@ def test_formula_is_what_the_profiler_counts():
     found = [counts[name] / n / forward for name in ("exact", "prefixes", "naive")]
     assert found == pytest.approx([rows[1], rows[2] * (T - 1) / T, rows[3]], rel=0.05) and apart < 1e-12
     olmoe = [*cost.formula(cost.OLMOE, 100, 5, 3, 10).values()]
-    assert olmoe[:3] == pytest.approx([0.20, 0.26, 3.0], abs=0.01) and 35 < olmoe[3] < 45
+    assert olmoe[:3] == pytest.approx([0.18, 0.25, 3.0], abs=0.015) and 35 < olmoe[3] < 45
 
 
 def call(main, name, line):

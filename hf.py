@@ -141,7 +141,7 @@ def read_config(raw: dict, path):
         require(len(set(found.values())) <= 1, f"{path} contradicts itself: {found}")
         return kind(next(iter(found.values()))) if found else default
 
-    default, high = OPTIONAL | {"rope_theta": FAMILIES[name][2]}, {"n_layers": 1000, "context": 2**30}
+    default, high = OPTIONAL | {"rope_theta": FAMILIES[name][2]}, {"n_layers": 256, "context": 2**30}
     kinds = {field: (get_args(hint) or [hint])[0] for field, hint in get_type_hints(MoEConfig).items()}
     c = {f: get(kinds[f], keys, default.get(f, ...), high=high.get(f)) for f, keys in KEYS.items()}
     L, wide, only = c["n_layers"], "moe_intermediate_size", raw.get("mlp_only_layers") or []

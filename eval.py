@@ -4,6 +4,7 @@ python eval.py perplexity     how well it predicts held-out text
 python eval.py routing        which expert does what
 python eval.py sample         let it tell a story
 python eval.py cloze          choose the last word of stories
+python eval.py choice         benchmarks, on a checkpoint of the hub: --model PATH_OR_REPO
 """
 
 import codecs
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from data import SkillsTask
-from lab import checkpoint, cli, plots
+from lab import checkpoint, choice, cli, plots
 from lab.stats import share_interval
 from lab.tasks import accuracy, choose, cloze, evaluate, load_data, most_frequent, specialisation
 from moe import require
@@ -24,6 +25,8 @@ def main(argv=None) -> int:
     """Run a sub-command -> the exit code."""
     commands = {"perplexity": perplexity, "routing": routing, "sample": sample, "cloze": cloze_task}
     argv = list(argv or [])
+    if argv[:1] == ["choice"]:
+        return choice.main(argv[1:])
     if not argv or argv[0] not in (*commands, "-h", "--help"):
         near = cli.nearest(argv[0], commands) if argv else ""
         raise cli.Usage(f"expected a command: {', '.join(commands)}{near} (--help tells what each does)")

@@ -181,7 +181,10 @@ def check(model, name: str, entries: dict, folder):
 
 def room(device="cpu") -> float:
     """Free bytes on a device; infinity where that cannot be told."""
-    if torch.device(device).type == "cuda":
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = str(device).split(":")[0]
+    require(there.get(kind), f"there is no device {device} here; found {', '.join(d for d in there if there[d])}")
+    if kind == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     numbers = re.findall(r"MemAvailable: +(\d+)", free.read_text()) if free.is_file() else []

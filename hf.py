@@ -2,8 +2,8 @@
 
 python hf.py PATH_OR_REPO    what a checkpoint is, and whether it fits here, before anything is loaded
 
-A checkpoint is a folder of config.json, model.safetensors (or model.safetensors.index.json and its shards) and
-tokenizer.json. It is not trusted: no pickle is read, and every size is checked before anything is allocated.
+A checkpoint is a folder of config.json, model.safetensors (or an index and shards) and tokenizer.json. It is not
+trusted: no pickle is read, and every size is checked before anything is allocated.
 """
 
 import json
@@ -11,7 +11,6 @@ import math
 import re
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -28,14 +27,13 @@ NAMES = {  # our weights, in a block or outside -> the hub's; where those are tw
     "ffns.0.gate_up.weight": ["mlp.gate_proj", "mlp.up_proj"], "ffns.0.down.weight": ["mlp.down_proj"],
     "ffns.0.router.weight": ["mlp.gate"], "ffns.0.experts.down": ["mlp.experts.{e}.down_proj"],
     "ffns.0.experts.gate_up": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
-    "ffns.0.shared.gate_up.weight": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
     "ffns.0.shared.down.weight": ["mlp.shared_experts.down_proj"],
+    "ffns.0.shared.gate_up.weight": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
 }  # fmt: skip
 MIXTRAL = NAMES | {
-    "ffns.0.router.weight": ["block_sparse_moe.gate"],
+    "ffns.0.router.weight": ["block_sparse_moe.gate"], "ffns.0.experts.down": ["block_sparse_moe.experts.{e}.w2"],
     "ffns.0.experts.gate_up": ["block_sparse_moe.experts.{e}.w1", "block_sparse_moe.experts.{e}.w3"],
-    "ffns.0.experts.down": ["block_sparse_moe.experts.{e}.w2"],
-}
+}  # fmt: skip
 FAMILIES = {  # model_type -> the names, where queries and keys are normalised, rope_theta where none is given
     "olmoe": (NAMES, "full", 1e4),
     "deepseek": (NAMES, "none", 1e4),
@@ -43,11 +41,11 @@ FAMILIES = {  # model_type -> the names, where queries and keys are normalised, 
     "qwen3_moe": (NAMES, "head", 1e4),
 }
 KEYS = {  # fields of MoEConfig -> the keys of config.json that may hold them
-    "vocab_size": "vocab_size", "context": "max_position_embeddings", "d_model": "hidden_size",
+    "vocab_size": "vocab_size", "context": "max_position_embeddings", "d_model": "hidden_size", "clip_qkv": "clip_qkv",
     "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim", "n_experts": "num_experts num_local_experts n_routed_experts",
-    "top_k": "num_experts_per_tok", "norm_topk": "norm_topk_prob", "clip_qkv": "clip_qkv", "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta rope_parameters.rope_theta rope_scaling.rope_theta", "tied": "tie_word_embeddings",
+    "n_experts": "num_experts num_local_experts n_routed_experts", "top_k": "num_experts_per_tok",
+    "norm_topk": "norm_topk_prob", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "head_dim": "head_dim",
+    "rope_theta": "rope_theta rope_parameters.rope_theta rope_scaling.rope_theta",
 }  # fmt: skip
 OPTIONAL = {"n_kv_heads": None, "head_dim": None, "clip_qkv": None, "norm_topk": False, "tied": False}
 NEUTRAL = {  # keys that would change the result, and the only value that we compute; null will do, too
@@ -62,10 +60,9 @@ ABOUT = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safete
 def load(source, dtype=None, device="cpu", cache=None, offline=False):
     """A checkpoint -> (model in evaluation mode, tokenizer of the library tokenizers, or None where it has none).
 
-    source: a folder; or owner/name or owner/name@revision on the hub, whose files go to the folder `cache` (None: the
-    hub's own) or, if offline, are there. dtype: float64, float32, bfloat16 or float16 (None: as config.json says). At
-    its peak the memory holds the model and some MB. ValueError or OSError, in one line, for what cannot be loaded.
-    """
+    source: a folder, or owner/name[@revision] on the hub, downloaded to the folder `cache` (None: the hub's own) unless
+    offline. dtype: float64, float32, bfloat16, float16 (None: as config.json says). The memory never holds more than the
+    model and some MB. ValueError or OSError, in one line, for what cannot be loaded."""
     folder = fetch(source, ABOUT, cache, offline)
     name, model, dtype = plan(folder, dtype)
     tokenizer = read_tokenizer(folder, model.config.vocab_size)
@@ -73,14 +70,15 @@ def load(source, dtype=None, device="cpu", cache=None, offline=False):
     short = f"{source} takes {need / 1e9:,.2f} GB in {dtype}, and {device} has {free / 1e9:,.2f} GB free"
     require(need <= free, f"{short}: try bfloat16, or a larger machine")
     if not Path(source).is_dir():  # the weights, of the same commit
-        folder = fetch(f"{source.split('@')[0]}@{folder.name}", [*ABOUT, "model*.safetensors"], cache, offline)
+        folder = fetch(f"{str(source).split('@')[0]}@{folder.name}", [*ABOUT, "model*.safetensors"], cache, offline)
     entries = read_entries(folder)
     check(model, name, entries, folder)
     parts = dict(pieces(model.to_empty(device=device), name))
     for path in dict.fromkeys(entry.path for entry in entries.values()):
         with open(path, "rb") as file:
-            for tensor in (tensor for tensor in parts if entries[tensor].path == path):
-                read_into(parts[tensor], file, entries[tensor])
+            for tensor, entry in entries.items():  # as they stand in the file
+                if entry.path == path and tensor in parts:
+                    read_into(parts[tensor], file, entry)
     return model.eval(), tokenizer
 
 
@@ -96,8 +94,9 @@ def fetch(source, files: list[str], cache=None, offline=False) -> Path:
         options = {"revision": repo[2], "cache_dir": cache, "local_files_only": offline, "allow_patterns": files}
         return Path(snapshot_download(repo[1], **options))
     except Exception as error:  # OSError, or of the hub, or of its network library, which differs between its versions
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"{source} is no folder here, and the hub did not give it ({reason})") from error
+        raise OSError(
+            f"{source}: no folder here, nor had from the hub: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def plan(folder: Path, dtype=None):
@@ -123,8 +122,7 @@ def pieces(model, name: str):
 def read_config(raw: dict, path):
     """What config.json says -> (family, MoEConfig, dtype). ValueError that names a key that we cannot compute."""
     name, raw = str(raw.get("model_type")), dict(raw)
-    run = "; a run of train_toy.py is opened by lab.checkpoint" if "train" in raw else ""
-    require(name in FAMILIES, f"{path}: model_type is {name:.60}; known are {', '.join(FAMILIES)}{run}")
+    require(name in FAMILIES, f"{path}: model_type is {name:.60}; known are {', '.join(FAMILIES)}")
     for key in ("rope_scaling", "rope_parameters"):
         if isinstance(raw.get(key), dict):
             rope = {"rope_type" if k == "type" else k: v for k, v in raw[key].items()}
@@ -144,21 +142,20 @@ def read_config(raw: dict, path):
     default, high = OPTIONAL | {"rope_theta": FAMILIES[name][2]}, {"n_layers": 256, "context": 2**30}
     kinds = {field: (get_args(hint) or [hint])[0] for field, hint in get_type_hints(MoEConfig).items()}
     c = {f: get(kinds[f], keys, default.get(f, ...), high=high.get(f)) for f, keys in KEYS.items()}
-    L, wide, only = c["n_layers"], "moe_intermediate_size", raw.get("mlp_only_layers") or []
+    L, only = c["n_layers"], raw.get("mlp_only_layers") or []
     for key, value in (NEUTRAL | {"layer_types": ["full_attention"] * L}).items():
         require(raw.get(key) in (None, value), f"{path}: {key} is {raw.get(key)!r:.80}; we only compute {value!r:.60}")
     window = get(int, "sliding_window", None, high=2**30) if raw.get("use_sliding_window", True) else None
     require(window is None or window >= c["context"], f"{path}: sliding_window {window} is below the context")
-    first, every = get(int, "first_k_dense_replace", 0, low=0), get(int, "moe_layer_freq", 1)
+    every, step = (get(int, key, 1) for key in ("moe_layer_freq", "decoder_sparse_step"))
+    first, shared = (get(int, key, 0, low=0) for key in ("first_k_dense_replace", "n_shared_experts"))
     inside = isinstance(only, list) and all(layer in range(L) for layer in only)
     require(inside, f"{path}: mlp_only_layers is {only!r:.60}; expected some of the layers 0 to {L - 1}")
-    step = get(int, "decoder_sparse_step", 1)
     c["dense_layers"] = [i for i in range(L) if i < first or i % every or (i + 1) % step or i in only]
-    c["d_expert"] = get(int, "intermediate_size" if raw.get(wide) is None else wide)
-    c["d_dense"] = get(int, "intermediate_size") if c["dense_layers"] else None
-    c["d_shared"] = c["d_expert"] * get(int, "n_shared_experts", 0, low=0)
-    c["norm_topk"] |= name == "mixtral"
-    c["norm_topk"] &= name != "deepseek" or c["top_k"] > 1  # DeepSeek's code never divides a single weight by itself
+    c["d_expert"] = get(int, "moe_intermediate_size", None) or get(int, "intermediate_size")
+    c["d_dense"], c["d_shared"] = get(int, "intermediate_size", None), shared * c["d_expert"]
+    divided = name != "deepseek" or c["top_k"] > 1  # DeepSeek's code never divides a single weight by itself
+    c["norm_topk"] = name == "mixtral" or (c["norm_topk"] and divided)
     try:
         return name, MoEConfig(**c, qk_norm=FAMILIES[name][1]), raw.get("dtype") or raw.get("torch_dtype") or "float32"
     except ValueError as error:
@@ -181,9 +178,8 @@ def check(model, name: str, entries: dict, folder):
 
 def room(device="cpu") -> float:
     """Free bytes on a device; infinity where that cannot be told."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = str(device).split(":")[0]
-    require(there.get(kind), f"there is no device {device} here; found {', '.join(d for d in there if there[d])}")
+    kind, there = str(device).split(":")[0], {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    require(kind == "cpu" or there.get(kind, bool)(), f"this machine (or this build of torch) has no device {device}")
     if kind == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
@@ -207,21 +203,18 @@ def read_tokenizer(folder: Path, vocab_size: int):
         raise ValueError(f"{path} is no readable tokenizer: {error}") from None
     n, raw = tokenizer.get_vocab_size(), read_json(settings) if settings.is_file() else {}
     require(n <= vocab_size, f"{path} has {n} tokens, the model only {vocab_size}")
-    bos = raw.get("bos_token")
-    bos = bos.get("content") if isinstance(bos, dict) else bos
-    if raw.get("add_bos_token") is True and tokenizer.token_to_id(str(bos)) is not None:  # every text starts with it
-        token = (str(bos), tokenizer.token_to_id(str(bos)))
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[token])
+    bos = str(bos.get("content") if isinstance(bos := raw.get("bos_token"), dict) else bos)
+    if raw.get("add_bos_token") is True and (first := tokenizer.token_to_id(bos)) is not None:  # begins every text
+        tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, first)])
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def save(model, path):
-    """Write a model as a new folder that `load` opens, and transformers, too, unless it is a deepseek.
+    """Write a model as a new folder, whole or not at all, which `load` opens and, but for deepseek, transformers, too.
 
-    It appears whole or not at all. Dropout is left out. ValueError for what no family can express, with the reason.
-    """
+    Dropout is left out. ValueError, with the reason, for what no family can express."""
     path, (name, settings) = Path(path), express(model)
     require(not path.exists(), f"{path} is there already; name a new folder")
     try:
@@ -239,28 +232,26 @@ def save(model, path):
 def express(model):
     """The family that a model belongs to, and its config.json -> (name, dict). ValueError where there is none."""
     c, sparse = model.config, [module for module in model.modules() if isinstance(module, MoE)]
-    kinds = {type(model)} | {type(part) for layer in sparse for part in (layer.router, layer.experts)}
-    other = sorted(kind.__name__ for kind in kinds - {MoETransformer, Router, Experts})
+    parts = {type(model), *(type(part) for layer in sparse for part in (layer.router, layer.experts))}
+    other = sorted(kind.__name__ for kind in parts - {MoETransformer, Router, Experts})
     require(not other, f"no family of the hub computes {', '.join(other)}")
     simple = c.norm_topk and not c.d_shared and not c.dense_layers
     name = {"full": "olmoe", "head": "qwen3_moe", "none": "mixtral" if simple else "deepseek"}[c.qk_norm]
     widths = {"moe_intermediate_size": c.d_expert, "intermediate_size": c.d_dense}
+    first = {"first_k_dense_replace": len(c.dense_layers), "n_shared_experts": c.d_shared // c.d_expert}
     own = {
         "olmoe": {"intermediate_size": c.d_expert, "clip_qkv": c.clip_qkv},
         "mixtral": {"intermediate_size": c.d_expert, "head_dim": c.head_dim, "num_local_experts": c.n_experts},
         "qwen3_moe": {**widths, "head_dim": c.head_dim, "mlp_only_layers": list(c.dense_layers)},
-        "deepseek": {**widths, "n_routed_experts": c.n_experts, "first_k_dense_replace": len(c.dense_layers)},
+        "deepseek": {**widths, **first, "n_routed_experts": c.n_experts},
     }
     settings = {k.split()[0]: getattr(c, f) for f, k in KEYS.items() if f not in ("clip_qkv", "head_dim")} | own[name]
-    if name == "deepseek":
-        settings["n_shared_experts"] = c.d_shared // c.d_expert
-    prefix = {"qwen3_moe": "Qwen3Moe"}.get(name, name.capitalize())
-    settings |= {"model_type": name, "architectures": [f"{prefix}ForCausalLM"], "hidden_act": "silu"}
-    settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    class_name = name.title().replace("_", "") + "ForCausalLM"  # qwen3_moe -> Qwen3MoeForCausalLM
+    settings |= {"model_type": name, "architectures": [class_name], "hidden_act": "silu"}
+    settings |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     settings["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
-    back = asdict(read_config(settings, path="config.json")[1]) | {"dropout": c.dropout}
-    back |= {} if c.dense_layers else {"d_dense": c.d_dense}
-    lost = {field: value for field, value in asdict(c).items() if back[field] != value}
+    back, same = vars(read_config(settings, "config.json")[1]), ("dropout", *(() if c.dense_layers else ("d_dense",)))
+    lost = {field: value for field, value in vars(c).items() if back[field] != value and field not in same}
     require(not lost, f"with qk_norm {c.qk_norm!r} this would be {name}, which cannot have {lost}")
     return name, settings
 
@@ -280,9 +271,9 @@ def describe(source) -> str:
         "experts": f"{c.n_experts} of width {c.d_expert:,}, top {c.top_k}; shared width {c.d_shared:,}",
         "parameters": f"{n:,} in all, {model.n_params(activated=True):,} activated for a token",
         "files": files,
+        "bfloat16": f"{n * 2 / 1e9:,.2f} GB: {'fits' if n * 2 <= free else 'too large'}",
+        "float32": f"{n * 4 / 1e9:,.2f} GB: {'fits' if n * 4 <= free else 'too large'}; {free / 1e9:,.2f} GB are free",
     }
-    for dtype, size in (("bfloat16", 2 * n), ("float32", 4 * n)):
-        rows[dtype] = f"{size / 1e9:,.2f} GB, of {free / 1e9:,.2f} free here: {'fits' if size <= free else 'too large'}"
     return "\n".join(f"{label:12}{text}" for label, text in rows.items())
 
 

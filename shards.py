@@ -81,10 +81,10 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_into(part, file, entry: Entry):
-    """Read a tensor of a file into a weight, at most 4 million numbers at a time."""
+    """Read a tensor of a file into a weight, at most a million numbers at a time."""
     file.seek(entry.start)
     same = part.is_cpu and part.dtype == entry.dtype
-    for numbers in part.view(-1).split(2**22):  # (any shape) -> (many,)
+    for numbers in part.view(-1).split(2**20):  # (any shape) -> (many,)
         raw = numbers if same else torch.empty(len(numbers), dtype=entry.dtype)
         require(file.readinto(raw.view(torch.uint8).numpy()) == raw.nbytes, f"{entry.path} was cut off meanwhile")
         if not same:

@@ -61,8 +61,8 @@ def load(source, dtype=None, device="cpu", cache=None, offline=False):
     """A checkpoint -> (model in evaluation mode, tokenizer of the library tokenizers, or None where it has none).
 
     source: a folder, or owner/name[@revision] on the hub, downloaded to the folder `cache` (None: the hub's own) unless
-    offline. dtype: float64, float32, bfloat16, float16 (None: as config.json says). The memory never holds more than the
-    model and some MB. ValueError or OSError, in one line, for what cannot be loaded."""
+    offline. dtype: float64, float32, bfloat16, float16 (None: as config.json says). The memory never holds more than
+    the model and some MB. ValueError or OSError, in one line, for what cannot be loaded."""
     folder = fetch(source, ABOUT, cache, offline)
     name, model, dtype = plan(folder, dtype)
     tokenizer = read_tokenizer(folder, model.config.vocab_size)

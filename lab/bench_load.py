@@ -1,4 +1,5 @@
-"""Loading a large checkpoint: the peak of the memory against the size of the weights, the time against a plain read.
+"""Loading a large checkpoint: the peak of the memory against the size of the weights, the time against its floor:
+that of reading the file, and that of the first touch of as much new memory, which the system has to clear.
 
 python -m lab.bench_load makes a random checkpoint of OLMoE's shapes with two of its layers, 2.1 GB, in a temporary
 folder, and loads it. It needs Linux, which tells how much memory a process has that is not a file's.
@@ -66,6 +67,7 @@ def main(argv) -> int:
         folder = Path(top, "it")
         model = MoETransformer(MoEConfig(**OLMOE, n_layers=layers, d_expert=1024)).bfloat16()
         hf.save(model, folder)
+        numbers = model.n_params()
         del model
         file, rows = folder / "model.safetensors", []
         for where in ("page cache", "disk"):
@@ -75,16 +77,16 @@ def main(argv) -> int:
                     prepare = forget if where == "disk" else read
                     prepare(file)
                     plain = watched(lambda: read(file))[1]
+                    touch = watched(lambda dtype=dtype: torch.empty(numbers, dtype=getattr(torch, dtype)).zero_())[1]
                     prepare(file)
                     (loaded, _), seconds, grown = watched(lambda dtype=dtype: hf.load(folder, dtype))
                     size = sum(weight.nbytes for weight in loaded.parameters())
-                    runs.append((grown / size, seconds, plain))
+                    runs.append((grown / size, seconds, plain, touch, seconds / (plain + touch)))
                     del loaded
-                grown, seconds, plain = map(statistics.median, zip(*runs, strict=True))
-                times = (f"{seconds:.2f}", f"{plain:.2f}", f"{seconds / plain:.2f}")
-                rows.append((f"{dtype}, from {where}", f"{size / 1e9:.2f}", f"{grown:.3f}", *times))
+                medians = (f"{statistics.median(column):.2f}" for column in zip(*runs, strict=True))
+                rows.append((f"{dtype}, from {where}", f"{size / 1e9:.2f}", *medians))
         print(f"{file.stat().st_size / 1e9:.2f} GB in bfloat16, one thread, medians of 3\n")
-        print(cli.table(rows, header=["load as", "weights GB", "peak / weights", "s", "plain read s", "ratio"]))
+        print(cli.table(rows, header=["load as", "weights GB", "peak / weights", "s", "read s", "touch s", "s / both"]))
     return 0
 
 

@@ -54,7 +54,7 @@ def test_row_formats(name, tmp_path):
     task, row, expected = ROWS[name]
     hidden, wrong = ({k: new.get(k, v) for k, v in row.items()} for new in (HIDDEN, WRONG))
     assert read_items(task, write(tmp_path / "rows.jsonl", [row, hidden])) == [expected]
-    with pytest.raises(ValueError, match="has 1 questions of .*, but no answers"):
+    with pytest.raises(ValueError, match=r"has 1 questions of .*, but no answers"):
         read_items(task, write(tmp_path / "hidden.jsonl", [hidden]))
     for bad in (wrong, {"x": 1}, [1]):
         with pytest.raises(ValueError, match=f"row 2, is no row of {task}"):
@@ -128,7 +128,7 @@ def test_scores_equal_transformers(form, shots, folder, tmp_path, capsys, monkey
         for k, values in enumerate((nats, [value / len(end) for value, end in zip(nats, ends, strict=True)])):
             right[k] += max(range(len(nats)), key=values.__getitem__) == answer
     first, *found = map(json.loads, out.read_text().splitlines())
-    assert whole[0] == 0 and first["task"] == "arc_easy" and [] == [one for one in said.splitlines() if len(one) > 100]
+    assert whole[0] == 0 and first["task"] == "arc_easy" and max(map(len, said.splitlines())) <= 100
     for one in sorted(found, key=lambda one: one["item"]):
         assert one["nats"] == pytest.approx(expected[one["item"]], abs=2e-4)
     for share in right[: 1 + (form == "full")]:

@@ -5,6 +5,7 @@ python eval.py routing        which expert does what
 python eval.py sample         let it tell a story
 python eval.py cloze          choose the last word of stories
 python eval.py remix          C3PO: re-mix its experts for each prompt, beside all that it is compared with
+python eval.py choice         benchmarks, on a checkpoint of the hub: --model PATH_OR_REPO
 """
 
 import codecs
@@ -16,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from data import SkillsTask
-from lab import checkpoint, cli, plots
+from lab import checkpoint, choice, cli, plots
 from lab.baselines import METHODS, arena_of
 from lab.contest import contest, figures, sweep_table, sweeps
 from lab.stats import share_interval
@@ -35,6 +36,8 @@ def main(argv=None) -> int:
         "remix": remix_task,
     }
     argv = list(argv or [])
+    if argv[:1] == ["choice"]:
+        return choice.main(argv[1:])
     if not argv or argv[0] not in (*commands, "-h", "--help"):
         near = cli.nearest(argv[0], commands) if argv else ""
         raise cli.Usage(f"expected a command: {', '.join(commands)}{near} (--help tells what each does)")

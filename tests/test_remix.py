@@ -72,7 +72,7 @@ def test_exact_form(case, token):
     gradients of full forwards. Without a pathway it is the model's own, and to impose that one changes nothing."""
     name, layers, routers = case.split()
     model, tokens, routers = build(name), prompts()[0], [*map(int, routers)]
-    lengths = torch.full_like(LENGTHS, 7) if token == "all" else LENGTHS
+    lengths = torch.tensor([7, 7, 7] if token == "all" else [1, 7, 4])
     tail, cut = Tail(model, critical_layers(model, layers), token), [tokens[i, :n] for i, n in enumerate(lengths)]
     own, logits = tail.base(prefix := tail.cut(tokens, lengths))
     close((tail(prefix), tail(prefix, own)), (logits, logits))
@@ -256,11 +256,11 @@ def test_kept_prefixes():
     model, references, _ = world(token="all")
     tail = Tail(model, [1])
     new = tail.cut(references.tokens, references.lengths)
-    size = new.rows(slice(1)).nbytes
+    size = sum(part[0].nbytes for part in new)
     for room, hits in ((2.5, [0, 0, 1, 1, 2, 2, 4]), (0, [0] * 7), (99, [0, 0, 1, 1, 2, 3, 5])):
         prefixes = c3po.Prefixes(tail, references, room * size)
         for index, hit in zip(([0], [1], [0], [2], [0], [1], [1, 0]), hits, strict=True):
-            close(tuple(prefixes(index)), tuple(new.rows(index)))
+            close(tuple(prefixes(index)), tuple(part[index] for part in new))
             assert prefixes.hits == hit and prefixes.size == size * len(prefixes.kept) <= room * size
 
 
@@ -325,7 +325,7 @@ BAD = [  # a call with a model m, its references r and prompts p, and what is sa
     (lambda m, r, p: remix(m, p, method="oracle"), "the oracle needs the labels of the samples"),
     *((lambda m, r, p, y=y: remix(m, p, method="oracle", labels=y), "labels") for y in (torch.tensor([V] * 5), ROWS)),
     *((lambda m, r, p, x=x: remix(m, p, r, method=x, labels=[1] * 5), f"{x} may not see") for x in METHODS[:3]),
-    *((lambda *_, x=x: run(*world(top_k=1, norm_topk=True), x), f"{x} follows gradients") for x in METHODS[2:]),
+    *((lambda *_, x=x: run(*world(top_k=1, norm_topk=True), x), f"{x}: .* gradient zero") for x in METHODS[2:]),
     *((lambda *world, changes=changes: run(*world, **changes), message) for message, changes in SETTINGS.items()),
 ]
 

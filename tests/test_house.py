@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Lines, blank ones not counted.
 BUDGETS = {
     "moe.py": 395,
+    "cartesian.py": 200,
     "data.py": 250,
     "train_toy.py": 300,
     "eval.py": 350,
@@ -17,7 +18,7 @@ BUDGETS = {
     "tests": 2_000,
 }
 # What a module may import of the project's own.
-ALLOWED = {"moe": set(), "data": {"moe"}, "lab": {"moe", "data", "lab"}}
+ALLOWED = {"moe": set(), "data": {"moe"}, "cartesian": {"moe"}, "lab": {"moe", "data", "cartesian", "lab"}}
 
 
 def sources(name):

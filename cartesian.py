@@ -209,7 +209,7 @@ def product(b: MoEConfig, layer="cartesian", k=None) -> CartesianConfig:
     """Two sub-layers of half of the parameters each. A token visits k experts in each; the larger k, the narrower."""
     k = k or b.top_k
     d, N = b.top_k * b.d_expert // (2 * k), b.n_experts * k // b.top_k
-    shared = b.d_shared // 2 - round((N - b.n_experts) / 3)  # three matrices of width N / 3 weigh as much as a router
+    shared = max(0, b.d_shared // 2 - round((N - b.n_experts) / 3))  # three of width N / 3 weigh as much as a router
     return variant(b, layer, n_experts=N, top_k=k, d_expert=d, d_shared=shared)
 
 
@@ -233,7 +233,7 @@ PRESETS = {  # name -> the config of these base sizes; see `preset`
     "cartesian_k1": lambda b: product(b, k=1),
     "cartesian_k4": lambda b: product(b, k=4),
 }
-# Which parameters are to be, within 1 %, those of smoe_share: all of them (0), the activated ones (1). Elsewhere both.
+# Which parameters are to be, within 1 %, those of fine_grained: all of them (0), the activated ones (1). Elsewhere both.
 MEANT = {"dense": (1,), "dense_two": (1,), "dense_paper": (), "smoe_top3": (0,), "top_p": (0,)}
 
 
@@ -245,12 +245,12 @@ def preset(name: str, base: MoEConfig) -> CartesianConfig:
     moved = ((f, getattr(base, f) + s * n) for n in range(1, 17) for s in (-1, 1) for f in ("d_expert", "n_experts"))
     near = (f"{f} {n}" for f, n in moved if n > 2 * base.top_k and matches(name, replace(base, **{f: n})))
     found = f"n_experts {base.n_experts}, d_expert {base.d_expert}, d_shared {base.d_shared}"
-    raise ValueError(f"{name} cannot match smoe_share's size at {found}; try {next(near, 'd_shared = d_expert')}")
+    raise ValueError(f"{name} cannot match fine_grained's size at {found}; try {next(near, 'd_shared = d_expert')}")
 
 
 def matches(name: str, base: MoEConfig) -> bool:
     """Whether a preset has the parameters that it is meant to have."""
-    ours, theirs = counts(PRESETS[name](base)), counts(variant(base))
+    ours, theirs = counts(PRESETS[name](base)), counts(fine(base))
     return all(abs(ours[i] / theirs[i] - 1) < 0.01 for i in MEANT.get(name, (0, 1)))
 
 

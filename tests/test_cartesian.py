@@ -309,7 +309,7 @@ def test_presets_match():
     ("call", "message"),
     [
         (lambda: preset("cartesain", MoEConfig(**TOY)), "no preset is called 'cartesain'; there are dense, dense_two"),
-        (lambda: preset("cartesian_k1", MoEConfig(**TOY | {"n_experts": 7})), "smoe_share's .* try n_experts 6"),
+        (lambda: preset("cartesian_k1", MoEConfig(**TOY | {"n_experts": 7})), "fine_grained's .* try n_experts 6"),
         (lambda: preset("fine_grained_no_shared", MoEConfig(**TOY | {"d_shared": 0})), "try d_shared = d_expert"),
         (lambda: preset("smoe_top3", MoEConfig(**TOY | {"d_expert": 68, "d_shared": 68})), "d_expert 68, .* try "),
         (lambda: CartesianConfig(layer="product"), "layer is 'product'; expected one of moe, cartesian, parallel"),

@@ -233,7 +233,7 @@ PRESETS = {  # name -> the config of these base sizes; see `preset`
     "cartesian_k1": lambda b: product(b, k=1),
     "cartesian_k4": lambda b: product(b, k=4),
 }
-# Which parameters are to be, within 1 %, those of fine_grained: all of them (0), the activated ones (1). Elsewhere both.
+# Which parameters are to be those of fine_grained, within 1 %: all of them (0), the activated ones (1). Others: both.
 MEANT = {"dense": (1,), "dense_two": (1,), "dense_paper": (), "smoe_top3": (0,), "top_p": (0,)}
 
 

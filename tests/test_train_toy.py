@@ -63,7 +63,7 @@ def interrupt_at(monkeypatch, step):
     monkeypatch.setattr(train_toy, "update", pressed)
 
 
-@pytest.mark.parametrize("flags", ["", "--dropout 0.2 --dtype bfloat16", "--preset top_p"])
+@pytest.mark.parametrize("flags", ["", "--dropout 0.2 --dtype bfloat16", "--preset top_p --d-expert 64"])
 def test_resume_equals_uninterrupted(monkeypatch, capsys, tmp_path, flags):
     """Stopped by Ctrl-C between two evaluations and continued, a run ends as if nothing had happened: bit by bit, at 2
     threads, in weights, optimiser state and log."""

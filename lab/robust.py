@@ -80,7 +80,7 @@ def protocols(model) -> dict:
 
 
 def robustness(model, data, split: str = "test", most: int | None = 128) -> dict[str, dict]:
-    """Loss and perplexity under each protocol, and the shares of the chosen experts, and of their mass, that it takes."""
+    """Loss and perplexity under each protocol, and the shares of chosen experts, and of their mass, that it takes."""
     rows = {}
     for name, (routers, change) in protocols(model).items():
         with disturbed(routers, change) as lost:

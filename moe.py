@@ -96,14 +96,18 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.d_model))
         self.index = None  # the place among MoETransformer.routers(), set there
 
-    def forward(self, x, rows=None, at=None) -> Routing:
-        """x (N, D). Where `at` (N,) is true, `rows` (N, E) replace the softmax, before top-k: that is re-mixing."""
+    def forward(self, x, flow=None) -> Routing:
+        """x (N, D). The flow, if any, collects the routing, and may impose a pathway: where `at` is true, its `rows`
+        replace the softmax, before top-k. That is re-mixing."""
         logits = wide(F.linear(x, self.weight))  # (N, E)
         probs = logits.softmax(-1)
-        if rows is not None:
-            probs = torch.where(at[:, None], rows.to(probs.dtype), probs)
+        if flow and self.index in flow.rows:
+            probs = torch.where(flow.at[:, None], flow.rows[self.index].to(probs.dtype), probs)
         weights, experts = self.select(probs)
-        return Routing(probs, weights.to(x.dtype), experts, logits)
+        routing = Routing(probs, weights.to(x.dtype), experts, logits)
+        if flow:
+            flow.routing.append(routing)
+        return routing
 
     def select(self, probs):
         """probs (N, E) -> weights (N, K), experts (N, K)."""
@@ -196,12 +200,9 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
 
     def forward(self, x, flow=None):
-        """x (B, T, D) -> (B, T, D). The flow, if any, may impose a pathway, and collects the routing."""
+        """x (B, T, D) -> (B, T, D)."""
         flat = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (N, D)
-        imposed = (flow.rows.get(self.router.index), flow.at) if flow else ()
-        routing = self.router(flat, *imposed)
-        if flow:
-            flow.routing.append(routing)
+        routing = self.router(flat, flow)
         y = self.experts(flat, routing.weights, routing.experts)
         y = y if self.shared is None else y + self.shared(flat)
         return y.view(x.shape)  # (N, D) -> (B, T, D)
@@ -210,14 +211,13 @@ class MoE(nn.Module):
 def router_losses(routing: Routing, share):
     """Balance loss and z-loss of one router; share (N,) is each token's part in the means, 0 at padding.
 
-    Balance (Switch Transformer, arXiv 2101.03961, eq. 4): E * sum_e f_e * P_e, where f_e is the share of the N * K
-    assignments that expert e got, and P_e its mean probability. Our convention: 1.0 is balanced, for any k.
+    Balance (Switch Transformer, arXiv 2101.03961, eq. 4): E * sum_e f_e * P_e, where f_e is the mean share of a token's
+    visits that go to expert e, and P_e its mean probability. Our convention: 1.0 is balanced, for any k.
     z (ST-MoE, arXiv 2202.08906, eq. 5): the mean of logsumexp(logits)^2, which keeps the logits small.
     """
-    E, K = routing.probs.shape[1], routing.experts.shape[1]
     visits = torch.zeros_like(routing.probs).scatter_(1, routing.experts, 1.0)  # (N, E) 1 where a token goes
-    load = share @ visits / K  # (E,)
-    return E * (load * (share @ routing.probs)).sum(), share @ routing.logits.logsumexp(-1).square()
+    load = share @ (visits / visits.sum(1, keepdim=True))  # (E,)
+    return visits.shape[1] * (load * (share @ routing.probs)).sum(), share @ routing.logits.logsumexp(-1).square()
 
 
 class Remix(NamedTuple):
@@ -255,6 +255,7 @@ class Flow(NamedTuple):
     rows: dict[int, torch.Tensor]  # router index -> (N, E)
     at: torch.Tensor | None  # (N,) bool
     routing: list[Routing]
+    tokens: torch.Tensor | None  # (B, T) ids, for routing by token
 
 
 class Attention(nn.Module):
@@ -366,20 +367,20 @@ class MoETransformer(nn.Module):
         require(0 <= low <= high < V, f"tokens go from {low} to {high}; the vocabulary goes from 0 to {V - 1}")
         return self.dropout(self.embedding(tokens))
 
-    def run(self, x, valid=None, cache=None, first=0, last=None, remix=None, write=True, routing=None):
+    def run(self, x, valid=None, cache=None, first=0, last=None, remix=None, write=True, routing=None, tokens=None):
         """The residual stream x (B, T, D) through blocks first..last-1 (default: all); not yet normalised.
 
         valid (B, T) bool: false at padding, on the right. cache: earlier tokens; the new ones join them unless
         write=False (a cache belongs to one choice of layers). remix: a pathway to impose; on one token, with first=l, a
         cache and write=False, it is a step of C3PO. routing: a list that collects a Routing from every router passed.
+        tokens: the ids (B, T) behind x, which only routing by token asks for.
         Raises ValueError for more tokens than the context, padding on the left, a pathway that does not fit.
         """
         (B, T, _), config, device = x.shape, self.config, x.device
         new = torch.ones(B, T, dtype=torch.bool, device=device) if valid is None else valid.bool()
         require(new.shape == (B, T), f"valid has shape {tuple(new.shape)}; expected {(B, T)}")
-        require(
-            bool((new[:, 1:] <= new[:, :-1]).all()), "valid is false before it is true; padding stands on the right"
-        )
+        falling = bool((new[:, 1:] <= new[:, :-1]).all())
+        require(falling, "valid is false before it is true; padding stands on the right")
         past = new[:, :0] if cache is None or cache.valid is None else cache.valid  # (B, S)
         seen, S = torch.cat([past, new], 1), past.shape[1]  # (B, S+T)
         position = (seen.cumsum(1)[:, S:] - 1).clamp(min=0)  # (B, S+T) -> (B, T)
@@ -406,7 +407,7 @@ class MoETransformer(nn.Module):
         frequency = config.rope_theta ** (torch.arange(half, device=device) / -half)  # (C/2,)
         angle = (position[..., None] * frequency)[:, None]  # (B or 1, 1, T, C/2)
         cos, sin = torch.cat([angle.cos()] * 2, -1).to(x.dtype), torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
-        flow = Flow(cos, sin, mask, cache, write, rows, at, [] if routing is None else routing)
+        flow = Flow(cos, sin, mask, cache, write, rows, at, [] if routing is None else routing, tokens)
         for block in self.blocks[first:last]:
             x = block(x, flow)
         if cache is not None and write:
@@ -421,7 +422,7 @@ class MoETransformer(nn.Module):
     def forward(self, tokens, targets=None, valid=None, cache=None, remix=None) -> Output:
         """tokens (B, T); targets (B, T): the token that should follow each, or IGNORE. For the others see `run`."""
         routing = []
-        logits = self.head(self.run(self.embed(tokens), valid, cache, remix=remix, routing=routing))
+        logits = self.head(self.run(self.embed(tokens), valid, cache, remix=remix, routing=routing, tokens=tokens))
         loss, balance, z = None, 0.0, 0.0
         if targets is not None:
             same = targets.shape == tokens.shape
@@ -450,7 +451,7 @@ class MoETransformer(nn.Module):
         training, cache = self.training, Cache()
         self.eval()
         try:
-            x = self.run(self.embed(tokens), valid, cache)  # (B, T, D)
+            x = self.run(self.embed(tokens), valid, cache, tokens=tokens)  # (B, T, D)
             x = x[torch.arange(len(x)), valid.sum(1) - 1]  # (B, T, D) -> (B, D) the last token of each prompt
             done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             for left in reversed(range(n_tokens)):
@@ -464,7 +465,7 @@ class MoETransformer(nn.Module):
                 yield token
                 if left == 0 or done.all():
                     return
-                x = self.run(self.embed(token[:, None]), cache=cache)[:, 0]  # (B, 1, D) -> (B, D)
+                x = self.run(self.embed(new := token[:, None]), cache=cache, tokens=new)[:, 0]  # (B, 1, D) -> (B, D)
         finally:
             self.train(training)
 

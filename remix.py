@@ -66,6 +66,7 @@ class RemixConfig:
     def __post_init__(self):
         for name, least in {"k": 1, "batch": 1, "steps": 0, "lr": 0, "alpha": 0, "max_memory": 0}.items():
             require(getattr(self, name) >= least, f"{name} is {getattr(self, name)}; it must be at least {least}")
+        require(self.alpha <= 1, f"alpha is {self.alpha}; it must be at most 1")
         require(self.core is None or self.core >= 1, f"core is {self.core}; it must be at least 1, or none")
         for name in ("method", "kernel", "token", "rule", "space", "loss"):
             known = type(self).__annotations__[name].__origin__.__args__
@@ -73,6 +74,7 @@ class RemixConfig:
         one_of("embedding", self.embedding.split(":")[0], (*TFIDF, "hidden", "pathway", "own"))
 
 
+TOKENS = ("last", "middle", "first", "all")
 TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")
 
 
@@ -118,6 +120,7 @@ class Tail:
     """The part of a model that a pathway reaches: from the first critical layer up, from the imposed token on."""
 
     def __init__(self, model, layers: list[int], token: str = "last"):
+        one_of("token", token, TOKENS)
         self.model, self.first, self.token = model, min(layers), token
         self.device = model.embedding.weight.device
         self.routers = [m.index for layer in layers for m in model.blocks[layer].modules() if isinstance(m, Router)]
@@ -227,7 +230,8 @@ class ReferenceSet:
 
     def save(self, path):
         """A safetensors file, whole or not at all; never the prefixes, which take megabytes each in a real model."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        form = torch.contiguous_format
+        tensors = {n: part.clone(memory_format=form) for n, part in vars(self).items() if torch.is_tensor(part)}
         temporary = Path(f"{path}.tmp")
         safetensors.torch.save_file(tensors, temporary, {"model": self.model, "token": self.token})
         temporary.replace(path)
@@ -478,16 +482,14 @@ def neighbour_loss(tail: Tail, prefix: Prefix, owner, weight, labels, options=No
 def mode_finding(core: Core, pathways, allowed, config: RemixConfig):
     """Mean shift among the pathways (m, R, E) of the references (paper, section 3.1), allowed (n, m) -> w (n, R, E).
 
-    w <- alpha w + (1 - alpha) sum_i K(w_i, w) w_i / sum K, over the k pathways nearest to w, until it rests."""
+    w <- alpha w + (1 - alpha) sum_i K(w_i, w) w_i / sum K, over the k pathways nearest to w, step by step."""
     w, others = core.start, pathways.flatten(1)  # (m, R, E) -> (m, R*E)
     for _ in range(config.steps):
         now = w.flatten(1)  # (n, R*E)
         near, index = torch.cdist(now, others).masked_fill(~allowed, torch.inf).topk(config.k, largest=False)  # (n, k)
         cosine = F.cosine_similarity(others[index], now[:, None], dim=2)  # (n, k)
         mean = torch.einsum("nk,nkre->nre", kernel(config.kernel, near, cosine, config.sigma), pathways[index])
-        before, w = w, core.rescale(config.alpha * w + (1 - config.alpha) * mean)
-        if (w - before).abs().max() < 1e-6:
-            break
+        w = core.rescale(config.alpha * w + (1 - config.alpha) * mean)
     return w
 
 
@@ -554,7 +556,7 @@ def remix(model, prompts, references=None, config=None, labels=None, options=Non
     config = replace(config or RemixConfig(), **changes)
     tail, method = Tail(model, critical_layers(model, config.layers), config.token), config.method
     tokens, lengths = padded(prompts, model.config.vocab_size)
-    check(model, references, tokens, lengths, labels, config)
+    check(model, references, tokens, lengths, labels, options, config)
     parts, device = [], tail.device
     with frozen(model), torch.no_grad():
         if method != "oracle":
@@ -565,9 +567,9 @@ def remix(model, prompts, references=None, config=None, labels=None, options=Non
             start, before = tail.base(prefix)
             core, losses = core_experts(start, config.core), start.new_zeros(len(rows), 0)
             if method == "oracle":
-                among = options[rows].to(device) if config.loss == "options" else None
+                among = torch.as_tensor(options)[rows].to(device) if config.loss == "options" else None
                 each, one = torch.arange(len(rows), device=device), torch.ones(len(rows), device=device)
-                loss = neighbour_loss(tail, prefix, each, one, labels[rows].to(device), among)
+                loss = neighbour_loss(tail, prefix, each, one, torch.as_tensor(labels)[rows].to(device), among)
                 w, losses = ngd(core, loss, config)
             elif method == "ngd":
                 w, losses = ngd(core, nearby(tail, prefixes, neighbours, rows, config), config)
@@ -593,7 +595,7 @@ def nearby(tail: Tail, prefixes: Prefixes, neighbours: Neighbours, rows, config:
     return neighbour_loss(tail, prefixes(chosen.tolist()), *(part.to(device) for part in parts), options)
 
 
-def check(model, references, tokens, lengths, labels, config: RemixConfig):
+def check(model, references, tokens, lengths, labels, options, config: RemixConfig):
     """ValueError for labels shown to a method that may not see them, for a method without what it needs, for references
     of another model or another token, and for prompts that are references."""
     method, sizes, oracle = config.method, model.config, config.method == "oracle"
@@ -605,11 +607,16 @@ def check(model, references, tokens, lengths, labels, config: RemixConfig):
         not stuck, f"{method}: with top_k 1 and norm_topk the one weight is always 1, and the gradient zero; {mend}"
     )
     if oracle:
+        require(len(labels) == len(tokens), f"{len(labels)} labels for {len(tokens)} prompts; expected one each")
+        inside("labels", torch.as_tensor(labels), sizes.vocab_size)
+        require(config.loss == "vocabulary" or options is not None, "the oracle with loss options needs options (n, O)")
         return
     require(references is not None, f"{method} needs references: ReferenceSet.build makes them")
     references.require_model(model)
     kind = f"the references hold pathways of the {references.token} token, the settings ask for {config.token}"
     require(references.token == config.token, f"{kind}: build them with token={config.token!r}")
+    lone = config.token != "all" or bool((lengths == references.pathways.shape[1]).all())
+    require(lone, f"token all needs prompts of one length, as the references', {references.pathways.shape[1]} tokens")
     there = config.loss == "vocabulary" or references.options is not None
     require(there, "loss options needs the options of the references: ReferenceSet.build(..., options=(m, O))")
     known, asked = (

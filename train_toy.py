@@ -6,6 +6,7 @@ python train_toy.py --help                 every flag; each comes from a field o
 """
 
 import itertools
+import json
 import math
 import platform
 import time
@@ -18,11 +19,12 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
+from cartesian import PRESETS, TOY, CartesianConfig, build, preset
 from data import SkillsTask
 from lab import checkpoint, cli, plots, stats
 from lab.contest import taste
 from lab.tasks import evaluate, final_scores, load_data, specialisation, stories
-from moe import MoEConfig, MoETransformer
+from moe import MoEConfig, require
 
 
 @dataclass
@@ -34,6 +36,7 @@ class TrainConfig:
     valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
     tokenizer: Annotated[str, "for text: tinystories, bytes, or an encoding of tiktoken, such as gpt2"] = "tinystories"
     model: Annotated[Literal["moe", "dense"], "dense: every layer as wide as what a token visits in the MoE"] = "moe"
+    preset: Annotated[Literal[tuple(PRESETS)] | None, "of cartesian.py, at the size of these experts"] = None
     steps: Annotated[int, "optimiser steps"] = 500
     batch: Annotated[int, "sequences in a step"] = 64
     lr: Annotated[float, "peak learning rate"] = 3e-3
@@ -49,9 +52,7 @@ class TrainConfig:
     eval_every: Annotated[int, "steps between evaluations, each with a checkpoint"] = 100
     threads: Annotated[int, "CPU threads (0: as many as torch would take)"] = 1
     device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
-    dtype: Annotated[Literal["float32", "bfloat16"], "of the forward and backward pass; weights stay float32"] = (
-        "float32"
-    )
+    dtype: Annotated[Literal["float32", "bfloat16"], "of a pass; weights stay float32"] = "float32"
     compile: Annotated[bool, "use torch.compile"] = False
     remix: Annotated[bool, "on the skills task: end with a taste of re-mixing"] = True
     out: Annotated[str | None, "the run's folder (none: a new one in out/)"] = None
@@ -59,15 +60,11 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "batch", "seeds", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        if min(self.seed, self.warmup, self.threads) < 0:
-            raise ValueError("seed, warmup and threads must be at least 0")
-        if self.data == "text" and self.data_file is None:
-            raise ValueError("--data text needs --data-file PATH")
+            require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be greater than 0")
+        require(min(self.seed, self.warmup, self.threads) >= 0, "seed, warmup and threads must be at least 0")
+        require(self.data != "text" or self.data_file is not None, "--data text needs --data-file PATH")
 
 
 TEXT = {"d_model": 128, "context": 128, "batch": 8, "steps": 2500, "eval_every": 250, "lr": 6e-3, "warmup": 100}
@@ -93,10 +90,7 @@ def main(argv=None) -> int:
     given = parser.parse(argv)
     train, sizes = resumed(given) if given.get("resume") else fresh(given)
     if sizes.top_k == 1 and sizes.norm_topk and train.model == "moe":
-        raise cli.Usage(
-            "top_k 1 with norm_topk: the one weight is always 1, so the loss gives the router no gradient, and it "
-            "cannot learn; use --no-norm-topk, or --top-k 2 or more"
-        )
+        raise cli.Usage("top_k 1 with norm_topk: the router gets no gradient; use --no-norm-topk or --top-k 2")
     train.threads = train.threads or torch.get_num_threads()
     torch.set_num_threads(train.threads)
     names = ("moe", "dense") if train.twin else (train.model,)
@@ -117,8 +111,13 @@ def fresh(given: dict):
     """Settings of a new run: the flags over the defaults, which for text are others than for the skills task."""
     if given.get("data_file") and "data" not in given:
         given["data"] = "text"
-    values = {**(TEXT if given.get("data", "skills") != "skills" else {}), **given}
-    return cli.build(TrainConfig, values), cli.build(MoEConfig, values)
+    text = TEXT | (TOY if given.get("preset") else {})
+    values = {**(text if given.get("data", "skills") != "skills" else {}), **given}
+    train, sizes = cli.build(TrainConfig, values), cli.build(MoEConfig, values)
+    try:
+        return train, preset(train.preset, sizes) if train.preset else sizes
+    except ValueError as error:
+        raise cli.Usage(str(error)) from error
 
 
 def resumed(given: dict):
@@ -130,7 +129,7 @@ def resumed(given: dict):
     if other:
         raise cli.Usage(f"{given['resume']} has other settings: {', '.join(other)}; leave them out, or start a new run")
     kept = {name: given[name] for name in FREE if name in given}
-    return cli.build(TrainConfig, {**old, **kept}), cli.build(MoEConfig, old)
+    return cli.build(TrainConfig, {**old, **kept}), cli.build(CartesianConfig if "layer" in old else MoEConfig, old)
 
 
 def run(train: TrainConfig, sizes: MoEConfig, several: bool):
@@ -141,7 +140,7 @@ def run(train: TrainConfig, sizes: MoEConfig, several: bool):
     if train.model == "dense":
         sizes.dense_layers = tuple(range(sizes.n_layers))
     torch.manual_seed(train.seed)
-    model = MoETransformer(sizes).to(device)
+    model = build(asdict(sizes)).to(device)
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     gains = [weight for weight in model.parameters() if weight.dim() == 1]
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": gains, "weight_decay": 0.0}]
@@ -160,6 +159,7 @@ def run(train: TrainConfig, sizes: MoEConfig, several: bool):
         title = f"Which expert does what: {train.data}, seed {train.seed}"
         plots.routing_figure(special.shares, load, special.kinds, sizes.top_k, title, folder / "routing.png")
     scores = final_scores(model, data)
+    checkpoint.write(folder / "scores.json", json.dumps(scores).encode())
     if train.data != "skills":
         print(f"\nthree samples:\n\n{stories(model, data)}")
     if train.remix and train.data == "skills" and model.routers() and not several:
@@ -257,7 +257,7 @@ def pick_device(name: str) -> torch.device:
 
 def new_folder(train: TrainConfig, several: bool) -> Path:
     """out/DATA-sSEED, or the next free name; --out names another, which may not hold a run yet."""
-    dense = "-dense" if train.model == "dense" else ""
+    dense = "-dense" if train.model == "dense" else f"-{train.preset}" if train.preset else ""
     if train.out:
         folder = Path(f"{train.out}{dense}-s{train.seed}" if several else train.out)
         if (folder / "config.json").exists():
@@ -307,7 +307,7 @@ def report(train: TrainConfig, model, data, scores, log, load, folder) -> str:
     ]
     lines = [cli.table(rows, header=["held-out", *scores, ""]), ""]
     for layer, share in enumerate(load):
-        even = f"{share.min() * E / k:.2f} to {share.max() * E / k:.2f} of an even share"
+        even = f"{share.min() / share.mean():.2f} to {share.max() / share.mean():.2f} of an even share"
         lines.append(f"load, layer {layer}  {cli.bar_line(share)}  {even}")
     seconds, tokens = log[-1]["seconds"], train.steps * data.batch(0, train.batch)[0].numel()
     hints = {

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from moe import MoEConfig, MoETransformer, require
+from cartesian import build
+from moe import require
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
 
@@ -38,7 +39,7 @@ def save(folder: Path, model, optimizer, step: int, settings: dict, log: list[di
     """Save a run after `step` steps: the state for resume, with the losses since the last line of the log; the model
     and its settings; the log."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    weights = model.state_dict()
     state = {f"weight/{name}": weight for name, weight in weights.items()}
     for name, weight in model.named_parameters():
         for moment in MOMENTS:
@@ -55,7 +56,7 @@ def load(folder: Path):
     """The model of a run, in evaluation mode, and the settings of its training -> (model, settings)."""
     settings = read_settings(folder)
     try:
-        model = MoETransformer(MoEConfig(**settings["model"]))
+        model = build(settings["model"])
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} describes no model of ours: {error}") from None
     load_weights(model, read(folder / "model.safetensors")[0], folder)
@@ -108,11 +109,11 @@ def read_settings(folder: Path) -> dict:
 
 def load_weights(model, weights: dict, source):
     """Copy named tensors into the model. ValueError that names the first few that are missing, unknown or misshapen."""
-    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
     wrong = [f"{n}: {found.get(n, 'missing')}, expected {expected.get(n, 'no such tensor')}" for n in expected | found
              if found.get(n) != expected.get(n)]  # fmt: skip
     require(not wrong, f"{source} does not fit the model: {'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in model.state_dict().items():
             weight.copy_(weights[name])

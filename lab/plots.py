@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 INK, BLUE, ORANGE, GREY = "#222222", "#0072B2", "#D55E00", "#9a9a9a"  # told apart by colour-blind readers as well
+COLOURS = (ORANGE, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, GREY)
 
 
 def figure(width, height, **grid):
@@ -155,4 +156,36 @@ def sweeps_figure(found: dict[str, dict], title: str, path: Path):
     for ax in axes[:, 0]:
         ax.set_ylabel("gain over base (points)", fontsize=8)
     fig.suptitle(title, color=INK)
+    fig.savefig(path)
+
+
+def effects_figure(effects: dict[str, list[float]], margin: float, path: Path):
+    """Effects in percent, with their intervals: name -> [mean, low, high]; grey: within the margin, no difference."""
+    fig, ax = figure(6.5, 1.2 + 0.28 * len(effects))
+    ax.axvspan(-margin, margin, color=GREY, alpha=0.25, linewidth=0)
+    ax.axvline(0, color=INK, linewidth=0.8)
+    for row, (mean, low, high) in enumerate(effects.values()):
+        colour = BLUE if high < 0 else ORANGE if low > 0 else INK
+        ax.errorbar(mean, row, xerr=[[mean - low], [high - mean]], color=colour, marker="o", markersize=4, capsize=2)
+    ax.set(yticks=range(len(effects)), xlabel="test perplexity against fine_grained (%), mean of pairs, 95 % interval")
+    ax.set_yticklabels(effects)
+    ax.invert_yaxis()
+    fig.savefig(path)
+
+
+def robustness_figure(points: dict[str, dict], path: Path):
+    """Loss against the routing mass that is lost: model -> protocol -> (mass, nats per token)."""
+    fig, ax = figure(7.5, 4.5)
+    marks = {"top-1": "*", "A": "<", "B": ">", "a quarter": "s", "a half": "D", "layer": ".", "all": "v", "noise": "x"}
+    for index, (name, found) in enumerate(points.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        line = sorted(found[p] for p in found if p[0] == "q" or p in ("intact", "top-1"))
+        ax.plot(*zip(*line, strict=True), color=colour, linewidth=1, label=name)
+        for protocol, (mass, loss) in found.items():
+            mark = marks.get(protocol, marks.get(protocol.split()[0], ""))
+            ax.plot(mass, loss, color=colour, marker=mark, markersize=11 if mark == "*" else 5)
+    for protocol, mark in marks.items():
+        ax.plot([], [], mark, color=INK, label={"all": "all but the first layer"}.get(protocol, protocol))
+    ax.set(xlabel="share of the routing mass that is lost", ylabel="nats per token", xlim=(-0.01, 1))
+    ax.legend(fontsize=7, frameon=False, ncols=2)
     fig.savefig(path)

@@ -10,17 +10,19 @@ ROOT = Path(__file__).parent.parent
 # Lines, blank ones not counted.
 BUDGETS = {
     "moe.py": 395,
+    "cartesian.py": 200,
+    "remix.py": 515,
     "data.py": 250,
     "hf.py": 250,
     "shards.py": 105,
     "train_toy.py": 300,
     "eval.py": 350,
-    "lab": 1_200,
-    "tests": 2_000,
+    "lab": 2_000,
+    "tests": 2_700,
 }
 # What a module may import of the project's own.
-ALLOWED = {"moe": set(), "data": {"moe"}, "shards": {"moe"}, "hf": {"moe", "shards"}}
-ALLOWED["lab"] = {"moe", "data", "hf", "lab"}
+ALLOWED = {"moe": set(), "data": {"moe"}, "cartesian": {"moe"}, "remix": {"moe"}, "shards": {"moe"}}
+ALLOWED |= {"hf": {"moe", "shards"}, "lab": {"moe", "data", "cartesian", "remix", "hf", "lab"}}
 
 
 def sources(name):

@@ -35,16 +35,20 @@ both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "e
 
 
 def tiny(dtype=torch.float64, **changes):
-    """A small model with decided routers, decided predictions and uneven norms: at initialisation they are all alike,
-    and what is all alike hides mistakes."""
+    """A small model, not as it is initialised."""
     sizes = {"vocab_size": V, "context": 16, "d_model": 16, "n_layers": 3, "n_heads": 4, "n_experts": E, "top_k": 2}
-    model = MoETransformer(MoEConfig(**sizes | {"d_expert": 8} | changes))
+    return decided(MoETransformer(MoEConfig(**sizes | {"d_expert": 8} | changes))).to(dtype)
+
+
+def decided(model):
+    """Decided routers, decided predictions and uneven norms: at initialisation they are all alike, and what is all
+    alike hides mistakes."""
     for name, weight in model.named_parameters():
         if name.endswith(("router.weight", "embedding.weight")):  # the unembedding, too
             torch.nn.init.normal_(weight, std=0.5)
         elif weight.dim() == 1:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
-    return model.to(dtype)
+    return model
 
 
 def prompts():

@@ -38,7 +38,7 @@ def test_a_run_leaves_everything(tmp_path, capsys):
     assert call(SMALL) == 0
     folder, text = tmp_path / "out/skills-s0", capsys.readouterr().out
     files = {"model.safetensors", "config.json", "state.safetensors", "log.jsonl", "loss.png", "routing.png"}
-    assert {path.name for path in folder.iterdir()} == files
+    assert {path.name for path in folder.iterdir()} == files | {"scores.json"}
     for word in ("cross-entropy", "clear cues", "ambiguous cues", "balance", "load, layer 1", "activated", "a second"):
         assert word in text
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -63,7 +63,7 @@ def interrupt_at(monkeypatch, step):
     monkeypatch.setattr(train_toy, "update", pressed)
 
 
-@pytest.mark.parametrize("flags", ["", "--dropout 0.2 --dtype bfloat16"])
+@pytest.mark.parametrize("flags", ["", "--dropout 0.2 --dtype bfloat16", "--preset top_p --d-expert 64"])
 def test_resume_equals_uninterrupted(monkeypatch, capsys, tmp_path, flags):
     """Stopped by Ctrl-C between two evaluations and continued, a run ends as if nothing had happened: bit by bit, at 2
     threads, in weights, optimiser state and log."""
@@ -173,7 +173,9 @@ WRONG = {
     "negative": ("--steps 0", 2, "steps is 0; it must be at least 1"),
     "heads": ("--d-model 30 --n-heads 4", 2, "d_model 30 does not divide into 4 heads: try 32, or give head_dim"),
     "experts": ("--top-k 20", 2, "top_k 20 is more than the 16 experts"),
-    "router": ("--top-k 1 --norm-topk", 2, "the loss gives the router no gradient"),
+    "router": ("--top-k 1 --norm-topk", 2, "the router gets no gradient; use"),
+    "preset": ("--preset cartesain", 2, "'cartesain' is not one of dense, dense_two"),
+    "sizes": ("--preset hash --d-model 16", 2, "hash cannot match fine_grained's size at n_experts 16, d_expert 64"),
     "text": ("--data text", 2, "needs --data-file"),
     "missing": ("--data-file nowhere.txt", 1, "no such text file: nowhere.txt"),
     "resume": ("--resume nowhere", 1, "nowhere holds no run"),

@@ -64,6 +64,7 @@ class RemixConfig:
     max_memory: Annotated[float, "MB for the references' prefixes that are kept"] = 512.0
 
     def __post_init__(self):
+        require(self.epsilon is None or self.epsilon >= 0, f"epsilon is {self.epsilon}; it must be at least 0, or none")
         for name, least in {"k": 1, "batch": 1, "steps": 0, "lr": 0, "alpha": 0, "max_memory": 0}.items():
             require(getattr(self, name) >= least, f"{name} is {getattr(self, name)}; it must be at least {least}")
         require(self.alpha <= 1, f"alpha is {self.alpha}; it must be at most 1")
@@ -214,9 +215,7 @@ class ReferenceSet:
         tokens, lengths = padded(prompts, V)
         require(len(labels) == len(tokens), f"{len(tokens)} references have {len(labels)} labels; expected one each")
         inside("labels", labels, V)
-        options = None if options is None else torch.as_tensor(options)
-        there = options is None or bool((options == labels[:, None]).any(1).all())
-        require(there, "the label of a reference is not among its options")
+        options = None if options is None else among("of a reference", torch.as_tensor(options), labels, V)
         same = token != "all" or bool((lengths == lengths[0]).all())
         require(same, f"token all needs prompts of one length; these have {int(lengths.min())} to {int(lengths.max())}")
         tail = Tail(model, critical_layers(model, "all"), token)
@@ -271,6 +270,15 @@ def inside(what: str, tokens, V: int):
     require(0 <= low <= high < V, f"{what} go from {low} to {high}; the vocabulary goes from 0 to {V - 1}")
 
 
+def among(whose: str, options, labels, V: int):
+    """options (n, O) again. ValueError for another shape, tokens outside the vocabulary, or a label (n,) not there."""
+    shape = tuple(options.shape)
+    require(options.dim() == 2 and shape[0] == len(labels), f"options have shape {shape}; expected ({len(labels)}, O)")
+    inside("options", options, V)
+    require(bool((options == labels[:, None]).any(1).all()), f"the label {whose} is not among its options")
+    return options
+
+
 def portions(tokens, lengths, most: int = 8_192):
     """Prompts, so many that they hold at most 8,192 tokens, with no more padding than they need."""
     size = max(1, most // tokens.shape[1])
@@ -287,8 +295,8 @@ def choose(logits, options=None):
 
 
 def fingerprint(model) -> str:
-    """What tells a model from all others: a hash of its weights."""
-    digest = hashlib.sha256()
+    """What tells a model from all others: a hash of its sizes and weights."""
+    digest = hashlib.sha256(repr(model.config).encode())
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -335,6 +343,7 @@ class Neighbours(NamedTuple):
     duplicates: int  # pairs (sample, reference) that were too alike
 
 
+@torch.no_grad()
 def find(tail: Tail, references, tokens, lengths, config: RemixConfig, allowed=None, own=None) -> Neighbours:
     """The neighbourhood of each prompt (paper, section 3.2): its k nearest references, or all in an epsilon ball.
 
@@ -342,8 +351,10 @@ def find(tail: Tail, references, tokens, lengths, config: RemixConfig, allowed=N
     n, m = len(tokens), len(references.labels)
     usable = references.correct if config.correct else torch.ones_like(references.correct)
     require(bool(usable.any()), f"the model answers none of the {m} references right: there is nothing to learn from")
-    most = int(usable.sum())
-    require(config.k <= most, f"k is {config.k}, but there are {most} usable references; take a smaller k")
+    most, fits = int(usable.sum()), allowed is None or allowed.shape == (n, m)
+    few = f"k is {config.k}, but there are {most} usable references; take a smaller k"
+    require(config.k <= most or config.epsilon is not None, few)
+    require(fits, f"allowed has shape {tuple(allowed.shape) if not fits else ''}; expected {(n, m)}")
     known = (references.tokens, references.lengths)
     alike = torch.from_numpy(product(*tfidf("tfidf-bigrams", (tokens, lengths), known, known))) > config.duplicate
     allowed = usable.expand(n, m) if allowed is None else usable & allowed
@@ -352,8 +363,8 @@ def find(tail: Tail, references, tokens, lengths, config: RemixConfig, allowed=N
     distance = (2 - 2 * cosine).sqrt().masked_fill(~allowed, torch.inf)  # (n, m), on the unit sphere
     k = config.k
     if config.epsilon is not None:
-        distance = distance.masked_fill(distance > config.epsilon, torch.inf)
-        k = max(1, int(distance.isfinite().sum(1).max()))
+        allowed = allowed & (distance <= config.epsilon)
+        distance, k = distance.masked_fill(~allowed, torch.inf), max(1, int(allowed.sum(1).max()))
     near, index = distance.topk(k, largest=False)  # (n, k) twice
     weight = kernel(config.kernel, near, cosine.gather(1, index), config.sigma)
     return Neighbours(index.masked_fill(near.isinf(), -1), weight.float(), allowed, duplicates)
@@ -370,6 +381,10 @@ def embed(tail: Tail, name: str, references, tokens, lengths, own=None):
         there = own is not None and references.embeddings is not None
         require(there, "embedding own needs arrays: ReferenceSet.build(embeddings=...) and remix(embeddings=...)")
         vectors = torch.as_tensor(own), references.embeddings
+        (n, width), (_, other) = vectors[0].shape, vectors[1].shape
+        require(
+            n == len(tokens) and width == other, f"own embeddings are ({n}, {width}); expected ({len(tokens)}, {other})"
+        )
     elif kind == "hidden":
         top = len(tail.model.blocks) - 1
         require(layer.isdigit() and int(layer) <= top, f"unknown embedding {name!r}; expected hidden:0 to hidden:{top}")
@@ -486,7 +501,8 @@ def mode_finding(core: Core, pathways, allowed, config: RemixConfig):
     w, others = core.start, pathways.flatten(1)  # (m, R, E) -> (m, R*E)
     for _ in range(config.steps):
         now = w.flatten(1)  # (n, R*E)
-        near, index = torch.cdist(now, others).masked_fill(~allowed, torch.inf).topk(config.k, largest=False)  # (n, k)
+        apart = torch.cdist(now, others, compute_mode="donot_use_mm_for_euclid_dist").masked_fill(~allowed, torch.inf)
+        near, index = apart.topk(min(config.k, len(others)), largest=False)  # (n, m) -> (n, k) twice
         cosine = F.cosine_similarity(others[index], now[:, None], dim=2)  # (n, k)
         mean = torch.einsum("nk,nkre->nre", kernel(config.kernel, near, cosine, config.sigma), pathways[index])
         w = core.rescale(config.alpha * w + (1 - config.alpha) * mean)
@@ -567,9 +583,9 @@ def remix(model, prompts, references=None, config=None, labels=None, options=Non
             start, before = tail.base(prefix)
             core, losses = core_experts(start, config.core), start.new_zeros(len(rows), 0)
             if method == "oracle":
-                among = torch.as_tensor(options)[rows].to(device) if config.loss == "options" else None
+                chosen = torch.as_tensor(options)[rows].to(device) if config.loss == "options" else None
                 each, one = torch.arange(len(rows), device=device), torch.ones(len(rows), device=device)
-                loss = neighbour_loss(tail, prefix, each, one, torch.as_tensor(labels)[rows].to(device), among)
+                loss = neighbour_loss(tail, prefix, each, one, torch.as_tensor(labels)[rows].to(device), chosen)
                 w, losses = ngd(core, loss, config)
             elif method == "ngd":
                 w, losses = ngd(core, nearby(tail, prefixes, neighbours, rows, config), config)
@@ -610,6 +626,8 @@ def check(model, references, tokens, lengths, labels, options, config: RemixConf
         require(len(labels) == len(tokens), f"{len(labels)} labels for {len(tokens)} prompts; expected one each")
         inside("labels", torch.as_tensor(labels), sizes.vocab_size)
         require(config.loss == "vocabulary" or options is not None, "the oracle with loss options needs options (n, O)")
+        if config.loss == "options":
+            among("of a prompt", torch.as_tensor(options), torch.as_tensor(labels), sizes.vocab_size)
         return
     require(references is not None, f"{method} needs references: ReferenceSet.build makes them")
     references.require_model(model)

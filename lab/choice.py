@@ -1,6 +1,7 @@
 """Multiple choice by log-likelihood. Every arm of a comparison gets the same prompts:
 
 python eval.py choice --model allenai/OLMoE-1B-7B-0125-Instruct --task arc_challenge
+python eval.py choice ...     the same, and --references openbookqa,sciq --method ngd: C3PO, with the paper's settings
 
 A letter is one token, so that a prompt is read once for all choices (and C3PO can re-mix its last token); `full` reads
 the text of every choice, and also compares the log-likelihoods per byte of it.
@@ -12,17 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import hf
 from lab import checkpoint, cli
+from lab.baselines import Arena
 from lab.benchmarks import TASKS, Item, read_items
+from lab.contest import LEGEND, Outcome, compete, main_table, summary
 from lab.stats import share_interval
 from lab.tasks import CHUNK, Question
 from moe import require
+from remix import ReferenceSet, RemixConfig, one_of, padded
 
 LETTERS = "ABCDEFGHIJ"
+SURROGATES = {
+    "mode_finding": "mode finding",
+    "kernel_regression": "kernel regression",
+    "ngd": "NGD",
+    "oracle": "oracle",
+}
+BLOCK = 64  # questions that are re-mixed between two lines of the answers' file
 
 
 @dataclass
@@ -39,25 +51,43 @@ class ChoiceConfig:
     dtype: Annotated[Literal["stored", "float32", "bfloat16"], "number format of the model"] = "stored"
     device: Annotated[Literal["cpu", "cuda", "mps"], "where to compute"] = "cpu"
     threads: Annotated[int, "CPU threads"] = 1
+    references: Annotated[str | None, "re-mix, by questions of these benchmarks, such as openbookqa,sciq"] = None
+    reference_files: Annotated[str | None, "their rows, a file for each (none: download the train split)"] = None
+    reference_limit: Annotated[int | None, "take only so many of each (none: all)"] = None
+    method: Annotated[str, "ngd, kernel_regression, mode_finding, oracle, or several: ngd,oracle"] = "ngd"
     out: Annotated[str | None, "the file of answers, which a rerun continues (none: one in out/choice/)"] = None
 
     def __post_init__(self):
         require(self.model is not None, "--model is missing: the folder of a checkpoint, or owner/name on the hub")
         fine = self.shots >= 0 and self.threads > 0 and (self.limit is None or self.limit > 0)
         require(fine, "--shots must be at least 0, --threads and --limit at least 1")
+        full = "a later token of the text looks back at the re-mixed one, so that one token is not exact there"
+        require(self.form == "letters" or not self.references, f"C3PO re-mixes the token before a letter; {full}")
+        for name in self.method.split(","):
+            one_of("method", name, [*SURROGATES])
+        for name in (self.references or "arc_easy").split(","):
+            one_of("benchmark", name, [*TASKS])
+        files = (self.reference_files or self.references or "").split(",")
+        require(len(files) == len((self.references or "").split(",")), "--reference-files needs one for each benchmark")
 
 
 def main(argv) -> int:
     """Score a benchmark, keep every answer, report -> the exit code."""
     parser = cli.Parser("eval.py choice", usage="%(prog)s --model PATH_OR_REPO [flags]", description=__doc__)
     cli.add_flags(parser, ChoiceConfig)
-    c = cli.build(ChoiceConfig, parser.parse(argv))
+    cli.add_flags(parser, RemixConfig, skip=("method",))
+    given = parser.parse(argv)
+    c = cli.build(ChoiceConfig, given)
+    changes = {name: given[name] for name in vars(RemixConfig()) if name in given and name != "method"}
+    cli.build(RemixConfig, changes)
     torch.set_num_threads(c.threads)
     items = read_items(c.task, c.data_file)[: c.limit]
     shots = read_items(c.task, c.shots_file, "train")[: c.shots] if c.shots else []
     require(len(shots) == c.shots, f"--shots {c.shots}, but {c.shots_file or c.task} has only {len(shots)} examples")
     model, tokenizer = hf.load(c.model, None if c.dtype == "stored" else c.dtype, c.device)
     require(tokenizer is not None, f"{c.model} has no tokenizer.json, so that it cannot read words")
+    if c.references:
+        return remixed(model, tokenizer, items, shots, c, changes)
     name = f"{Path(c.model).name}-{c.task}-{c.form}-{c.shots}.jsonl"
     path = Path(c.out or Path("out/choice", name))
     every = [rows(item, tokenizer, c.form, shots, model.config.context) for item in items]
@@ -184,3 +214,54 @@ def report(items: list[Item], nats: list[list[float]], form: str, title: str) ->
         table.append((name, f"{right / n:.1%}", f"{low:.1%} to {high:.1%}"))
     chance = sum(1 / len(item.choices) for item in items) / len(items)
     return cli.table([*table, ("chance", f"{chance:.1%}", "")], header=[title, "right", "95 % interval"])
+
+
+def remixed(model, tokenizer, items: list[Item], shots, c: ChoiceConfig, changes: dict) -> int:
+    """C3PO on a benchmark, on the prompts that are scored without it: the table of `eval.py remix`, block by block."""
+    files = c.reference_files.split(",") if c.reference_files else [None] * len(c.references.split(","))
+    both = zip(c.references.split(","), files, strict=True)
+    known = [item for task, file in both for item in read_items(task, file, "train")[: c.reference_limit]]
+    layers = sum(layer not in model.config.dense_layers for layer in range(model.config.n_layers))
+    paper = {"layers": "last:5"} if layers >= 5 else {}
+    paper |= {"core": 20} if model.config.n_experts >= 20 else {}
+    given = {"embedding": "tfidf", "batch": 8, **paper, **changes}
+    asked, solved = (questions(part, tokenizer, shots, model.config.context) for part in (items, known))
+    about = {"model": c.model, "task": c.task, "dtype": c.dtype, "references": c.references, "settings": given}
+    about |= {"prompts": hashlib.sha256(repr((asked, solved)).encode()).hexdigest()[:16], "methods": c.method}
+    stem, which = f"{Path(c.model).name}-{c.task}", hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    path = Path(c.out or f"out/choice/{stem}-remixed-{which}.jsonl")
+    made = Path(f"out/choice/{stem}-references-{about['prompts']}-{given.get('token', 'last')}.safetensors")
+    answers, config = resume(path, about), RemixConfig(**given)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    if made.exists():
+        references = ReferenceSet.load(made, model)
+    else:
+        rest = [question.choices[question.answer] for question in solved], options(solved)
+        references = ReferenceSet.build(model, [question.prompt for question in solved], *rest, token=config.token)
+        references.save(made)
+    names = [SURROGATES[name] for name in c.method.split(",")]
+    for start in tqdm(range(0, len(asked), BLOCK), unit_scale=BLOCK, unit="question", desc="re-mixing", disable=None):
+        part = asked[start : start + BLOCK]
+        if start not in answers:
+            tokens, lengths = padded([question.prompt for question in part], model.config.vocab_size)
+            labels = torch.tensor([question.choices[question.answer] for question in part])
+            arena = Arena(model, tokens, labels, references, config, lengths, options(part))
+            rows = compete(arena, names, {"layers": config.layers})
+            answers[start] = {name: [*(part.tolist() for part in row[:3]), row.seconds] for name, row in rows.items()}
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"item": start, "nats": answers[start]}) + "\n")
+    blocks = [answers[start] for start in range(0, len(asked), BLOCK)]
+    rows = {}
+    for name in blocks[0]:
+        *parts, seconds = zip(*(block[name] for block in blocks), strict=True)
+        rows[name] = Outcome(*(np.concatenate(part) for part in parts), sum(seconds))
+    correct = int(references.correct.sum())
+    print(f"{c.task}, {len(asked)} questions; {len(known):,} references, {correct:,} answered right; {given}\n")
+    print(main_table(summary([rows], [np.arange(len(asked))]), {}), LEGEND, f"wrote {path} and {made}", sep="\n\n")
+    return 0
+
+
+def options(asked: list[Question]) -> torch.Tensor:
+    """The letters of each question as tokens (n, O); where they are fewer than elsewhere, the first is there again."""
+    most = max(len(question.choices) for question in asked)
+    return torch.tensor([q.choices + q.choices[:1] * (most - len(q.choices)) for q in asked])

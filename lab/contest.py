@@ -18,21 +18,6 @@ from remix import ReferenceSet, choose
 
 NGD = ("NGD", "random neighbours", "shuffled labels", "unfiltered", "oracle", "oracle's null")  # they share settings
 TESTS = ("base", "random neighbours", "kernel regression")  # NGD against each of them: named before any test was run
-CHOSEN = {  # on the dev split of seeds 10 to 12, of eight tries each: python -m lab.baselines
-    "mode finding": {"alpha": 0.8, "k": 3, "layers": "last:2"},
-    "kernel regression": {"kernel": "matern", "layers": "last:2"},
-    "NGD": {"lr": 0.5, "layers": "all"},
-    "in-context": {"k": 2},
-    "prefix tuning": {"lr": 2.0, "length": 4},
-    "soft prompt": {"lr": 0.5, "length": 4},
-    "router tuning": {"lr": 1e-2, "steps": 300},
-    "router tuning, RoMA": {"lr": 3e-3, "steps": 100, "pull": 0.03},
-    "full fine-tuning": {"lr": 3e-3, "steps": 300},
-    "noisy ensemble": {"noise": 0.3, "routes": 10},
-    "entropy": {"lr": 0.25, "layers": "last:2"},
-    "kNN vote": {"k": 8},
-    "best of 21 routes": {"noise": 0.3, "layers": "all"},
-}
 SWEEPS = {  # one setting of NGD at a time: what is shown -> changes
     "critical layers": [{"layers": v} for v in ("all", "last:1", "last:2", "last:3", "first:1", "first:2", "0,3")],
     "core experts": [{"core": v} for v in (2, 4, 6, 8, 12, 16)],
@@ -58,7 +43,7 @@ gain: over base; fixed of the wrong, broken of the right; gap closed: gain / the
 other experts; ms: for a prompt; cost: in forward passes of base; accuracy of the null: its wrong label is reached"""
 
 
-class Row(NamedTuple):
+class Outcome(NamedTuple):
     """How one method did on the n samples of one run."""
 
     answer: np.ndarray  # (n,) the token that it chose
@@ -67,7 +52,7 @@ class Row(NamedTuple):
     seconds: float  # for all samples, the references' prefixes included
 
 
-def judged(arena: Arena, run, target=None) -> Row:
+def judged(arena: Arena, run, target=None) -> Outcome:
     """Run a method on an arena and see what it answers."""
     start = time.perf_counter()
     result = run()
@@ -75,24 +60,24 @@ def judged(arena: Arena, run, target=None) -> Row:
     before, after = (w.topk(arena.model.config.top_k).indices.sort().values for w in result[:2])  # (n, R, K) twice
     answer = choose(result.logits, arena.options)
     right = answer == (arena.labels if target is None else target)
-    return Row(*(t.numpy() for t in (answer, right, (before != after).flatten(1).any(1))), seconds)
+    return Outcome(*(t.numpy() for t in (answer, right, (before != after).flatten(1).any(1))), seconds)
 
 
-def settings(name: str, given: dict) -> dict:
+def settings(arena: Arena, name: str, given: dict) -> dict:
     """What a method was tuned to on dev; what the user gives goes to NGD and its relatives."""
-    return CHOSEN.get("NGD" if name in NGD else name, {}) | (given if name in NGD else {})
+    return arena.tuned.get("NGD" if name in NGD else name, {}) | (given if name in NGD else {})
 
 
-def compete(arena: Arena, names, given: dict) -> dict[str, Row]:
+def compete(arena: Arena, names, given: dict) -> dict[str, Outcome]:
     """The model as it is, and then every method."""
     rows = {"base": judged(arena, lambda: plain(arena, arena.model))}
     for name in tqdm(names, leave=False, disable=None, desc="methods"):
         target = wrong_labels(arena) if name == "oracle's null" else None
-        rows[name] = judged(arena, lambda name=name: METHODS[name](arena, **settings(name, given)), target)
+        rows[name] = judged(arena, lambda name=name: METHODS[name](arena, **settings(arena, name, given)), target)
     return rows
 
 
-def rival(folder: Path, arena: Arena) -> Row:
+def rival(folder: Path, arena: Arena) -> Outcome:
     """Another model on the same samples, not re-mixed."""
     model, train = checkpoint.load(folder)
     found = f"{folder} has seed {train['seed']}, the run beside it {arena.seed}"
@@ -101,10 +86,10 @@ def rival(folder: Path, arena: Arena) -> Row:
     with torch.no_grad():
         answer = model(arena.tokens).logits[:, -1].argmax(-1)  # (n, T, V) -> (n,)
     seconds = time.perf_counter() - start
-    return Row(answer.numpy(), (answer == arena.labels).numpy(), np.zeros(len(answer), bool), seconds)
+    return Outcome(answer.numpy(), (answer == arena.labels).numpy(), np.zeros(len(answer), bool), seconds)
 
 
-def summary(runs: list[dict[str, Row]], clusters: list[np.ndarray], kept=None) -> dict[str, dict]:
+def summary(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None) -> dict[str, dict]:
     """Every method over all runs, on the samples kept (for each run (n,) bool; none: all), in fractions: accuracy, gain
     over base and its interval, what it fixed of the wrong and broke of the right; and each run's accuracy."""
     kept = kept or [np.ones(len(cluster), bool) for cluster in clusters]
@@ -137,7 +122,7 @@ def costs(arena: Arena, names, given: dict, n: int) -> dict[str, float]:
 
     base, found = count(lambda: plain(arena, arena.model)), {"base": 1.0}
     for name in tqdm(names, leave=False, disable=None, desc="operations"):
-        found[name] = count(lambda name=name: METHODS[name](arena, **settings(name, given))) / base
+        found[name] = count(lambda name=name: METHODS[name](arena, **settings(arena, name, given))) / base
         if name in ("router tuning", "router tuning, RoMA", "full fine-tuning"):
             found[name] = 1 + (found[name] - 1) * len(arena.labels) / n
     return found
@@ -180,7 +165,7 @@ def subset_table(inside: dict[str, dict], parts: list[dict], shown) -> str:
     return cli.table(lines, header=["on a part of the prompts", "", "accuracy", "gain", "95 % interval"], left=2)
 
 
-def errors(rows: list[Row], arenas: list[Arena]) -> list[float]:
+def errors(rows: list[Outcome], arenas: list[Arena]) -> list[float]:
     """Where the two readings of a prompt differ: the shares of right answers, the other reading, and neither."""
     shares = []
     for row, arena in zip(rows, arenas, strict=True):
@@ -229,10 +214,10 @@ def figures(arena: Arena, found: dict, given: dict, title: str, stem: str) -> li
     plots.methods_figure(found["rows"], f"Accuracy by method: {title}", paths[0])
     steps, reach = [0, 1, 2, 3, 5, 10], {}
     for name, target in {"oracle": arena.labels, "oracle's null": wrong_labels(arena)}.items():
-        tries = (METHODS[name](arena, **settings(name, given) | {"steps": step}) for step in steps)
+        tries = (METHODS[name](arena, **settings(arena, name, given) | {"steps": step}) for step in steps)
         reach[name] = [float((choose(result.logits, arena.options) == target).float().mean()) for result in tries]
     plots.oracle_figure(steps, reach, f"Where ten steps lead: {title.split(',')[-1].strip()}, one seed", paths[1])
-    result = arena.remix(method="ngd", **settings("NGD", given))
+    result = arena.remix(method="ngd", **settings(arena, "NGD", given))
     right = [part.softmax(-1).gather(1, arena.labels[:, None])[:, 0] for part in (result.logits_before, result.logits)]
     best = int((right[1] - right[0]).argmax())
     near = arena.tail.pathways(arena.references)[result.neighbours.index[best]]  # (k, R, E)
@@ -245,9 +230,9 @@ def figures(arena: Arena, found: dict, given: dict, title: str, stem: str) -> li
     return paths
 
 
-def varied(arena: Arena, changes: dict) -> Row:
+def varied(arena: Arena, changes: dict) -> Outcome:
     """NGD on an arena with some settings changed; also with fewer references, and with the pathway of another token."""
-    changes = settings("NGD", {}) | changes
+    changes = settings(arena, "NGD", {}) | changes
     if "references" in changes:
         usable = arena.references.correct.nonzero()[:, 0]
         few = usable[torch.randperm(len(usable), generator=arena.random())[: changes.pop("references")]]

@@ -3,16 +3,19 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import eval as eval_py
 import hf
+from data import SkillsTask
 from lab import choice, cli
 from lab.benchmarks import TASKS, Item, read_items
 from lab.tasks import choose
 from moe import MoEConfig, MoETransformer
+from remix import ReferenceSet, remix
 
 THREE = {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]}
 ARC = {"question": "What is hot?", "choices": THREE, "answerKey": "B"}
@@ -149,10 +152,69 @@ def test_questions_for_a_remixer(folder):
     assert tokenizer.decode(asked[0].choices) == " A B C D" and asked[0].answer == items[0].answer
 
 
+def test_remixing_a_checkpoint(folder, tmp_path, capsys, monkeypatch):
+    """C3PO on a benchmark: base answers as `choice` does without it; a rerun goes on where one stopped, its references
+    come from their file, and its report is the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(choice, "BLOCK", 5)
+    file, known = (
+        write(tmp_path / "arc", rows(12)),
+        write(tmp_path / "known", [FIVE | {"question": f"{i}?", "answerKey": 1 + i % 5} for i in range(30)]),
+    )
+    line = f"choice --model {folder} --task arc_easy --data-file {file}"
+    run(line)
+    share = re.search(r"letters +(\S+%)", capsys.readouterr().out)[1]
+    line += (
+        f" --references arc_challenge --reference-files {known} --core none --layers all --method ngd,oracle --steps 3"
+    )
+    run(line)
+    said = capsys.readouterr().out
+    assert re.search(r"^base +(\S+%)", said, re.M)[1] == share and "30 references" in said
+    (path,), (made,) = (
+        Path("out/choice").glob("*-remixed-*.jsonl"),
+        Path("out/choice").glob("*-references-*.safetensors"),
+    )
+    kept = path.read_bytes().splitlines(keepends=True)
+    assert len(kept) == 4 and made.exists()
+    path.write_bytes(b"".join(kept[:2]) + kept[2][:9])  # as if it had been stopped within a line
+    monkeypatch.setattr(choice.ReferenceSet, "build", None)
+    run(line)
+    numbers = [
+        [re.sub(r" +[0-9.]+ *$", "", one) for one in text.splitlines()] for text in (said, capsys.readouterr().out)
+    ]
+    assert numbers[0] == numbers[1]  # but for the time
+
+
+def test_a_trained_model_survives_the_hub(tmp_path):
+    """Trained here, saved, loaded back, re-mixed: the same numbers."""
+    data = SkillsTask(0)
+    model = MoETransformer(
+        MoEConfig(vocab_size=data.vocab_size, d_model=16, n_layers=2, n_heads=2, n_experts=4, top_k=2)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(20):
+        model(*data.batch(step, 16)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    hf.save(model, tmp_path / "saved")
+    known, asked, found = data.prompts("reference"), data.prompts("dev"), []
+    for each in (model, hf.load(tmp_path / "saved")[0]):
+        references = ReferenceSet.build(each, known.tokens[::20], known.labels[::20])
+        found.append(remix(each, asked.tokens[::30], references))
+    assert torch.equal(found[0].logits, found[1].logits) and torch.equal(found[0].pathway, found[1].pathway)
+    assert not torch.equal(found[0].logits, found[0].logits_before)
+
+
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
         ("", 2, "--model is missing"),
+        ("--model IT --references sciq --form full", 2, "C3PO re-mixes the token before a letter"),
+        ("--model IT --references squiq", 2, "unknown benchmark 'squiq'; did you mean sciq"),
+        ("--model IT --references sciq --method ngdd", 2, "unknown method 'ngdd'; did you mean ngd"),
+        ("--model IT --references sciq --reference-files ARC,ARC", 2, "one for each benchmark"),
+        ("--model IT --data-file ARC --references sciq --reference-files ARC", 1, "row 1, is no row of sciq"),
+        ("--model IT --data-file ARC --references arc_easy --reference-files ARC --k 1", 1, "are references too"),
         ("--model IT --task arc", 2, "'arc' is not one of"),
         ("--model IT --shots -1", 2, "--shots must be at least 0"),
         ("--model IT --data-file nowhere.jsonl", 1, "no such file: nowhere.jsonl; expected rows of arc_challenge"),
@@ -163,8 +225,9 @@ def test_questions_for_a_remixer(folder):
         ("--model IT --data-file ARC --out OTHER", 1, "it is about another dtype, model, prompts, task"),
     ],
 )
-def test_wrong_usage(line, code, message, folder, tmp_path, capsys):
+def test_wrong_usage(line, code, message, folder, tmp_path, capsys, monkeypatch):
     """A mistake is told in one line, and changes no file."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "other").write_text("{}\n")
     names = {"IT": folder, "ARC": write(tmp_path / "arc.jsonl", rows(2)), "OTHER": tmp_path / "other"}
     before = (folder / "config.json").read_bytes()

@@ -16,7 +16,7 @@ import eval as eval_py
 import train_toy
 from lab import cli, cost, stats
 from lab.baselines import METHODS, Arena, fine_tuning, plain, wrong_labels
-from lab.contest import Row, summary
+from lab.contest import Outcome, summary
 from remix import ReferenceSet, RemixConfig, choose, padded
 
 SMALL = "--steps 2 --batch 2 --eval-every 2 --d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
@@ -112,7 +112,7 @@ def test_summary_counts():
     """Accuracy, gain, fixed and broken of two runs, by hand."""
     base, after = np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 1], bool)
     changed, rows = np.array([1, 0, 0, 0], bool), {"base": base, "NGD": after}
-    run = {name: Row(right, right, changed, 0.004) for name, right in rows.items()}
+    run = {name: Outcome(right, right, changed, 0.004) for name, right in rows.items()}
     row = summary([run, run], [np.arange(4)] * 2)["NGD"]
     found = [row[key] for key in ("accuracy", "gain", "fixed", "broken", "changed", "ms")]
     assert found == pytest.approx([0.75, 0.25, 1.0, 0.5, 0.25, 1.0])

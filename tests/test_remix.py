@@ -51,7 +51,7 @@ def world(name="default", token="last", **changes):
     return model, ReferenceSet.build(model, known, labels, token=token), asked
 
 
-def run(model, references, asked, method="ngd", steps=4, **changes):
+def run(model, references, asked, method="ngd", steps=3, **changes):
     """remix; the oracle is told that the last token of a prompt follows once more."""
     labels = torch.stack([row[-1] for row in asked]) if method == "oracle" else None
     return remix(model, asked, references, method=method, labels=labels, steps=steps, **changes)
@@ -241,7 +241,7 @@ def test_nobody_near(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_do_not_matter(method):
     """Each sample is re-mixed for itself: alone or among others, in any order, however many prefixes are kept."""
-    (model, r, asked), may, steps = world(), torch.rand(5, 12) < 0.8, 30 if method == "mode_finding" else 4
+    (model, r, asked), may, steps = world(), torch.rand(5, 12) < 0.8, 30 if method == "mode_finding" else 3
     whole = run(model, r, asked, method, steps, k=2, allowed=may)  # in 30 steps, some come to rest before others
     for batch, megabytes, order in ((1, 512.0, [0, 1, 2, 3, 4]), (2, 0.01, [3, 0, 4, 2, 1]), (1, 0.0, [0, 1, 2, 3, 4])):
         changes = {"batch": batch, "max_memory": megabytes, "allowed": may[order]}

@@ -395,7 +395,7 @@ class MoETransformer(nn.Module):
                 E, n = config.n_experts, len(self.routers())
                 fits = index in range(n) and row.shape in ((B, E), (B, T, E))
                 found = f"a pathway of shape {tuple(row.shape)} for router {index!r}"
-                require(fits, f"{found}; expected {(B, E)}, or {(B, T, E)} with a row for each token; routers: {n}")
+                require(fits, f"{found}; expected {(B, E)} or {(B, T, E)} for one of {n} routers")
                 rows[index] = (row if row.dim() == 3 else row[:, None].expand(-1, T, -1)).flatten(0, 1)  # (N, E)
         if valid is None and S == 0:
             position = position[:1]  # (1, T)

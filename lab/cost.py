@@ -100,19 +100,10 @@ def main(argv) -> int:
             ratios += [cost["naive"] / cost["exact"], cost["naive"] / (cost["exact"] + cost["prefixes"])]
         shown = [f"{1e3 * seconds['exact']:.1f}", f"{1e3 * seconds['naive']:.0f}", f"{apart:.0e}"]
         lines.append([name, *shown[:2], *(f"{ratio:.0f}" for ratio in ratios), shown[2]])
-    head = [
-        "steps of NGD, one thread",
-        "exact (ms)",
-        "naive (ms)",
-        "ratio",
-        "+ prefixes",
-        "operations",
-        "+ prefixes",
-        "differ",
-    ]
-    print(cli.table(lines, header=head))
-    print("\nms for a sample; ratio: naive / exact, by the clock and in operations; + prefixes: all of the neighbours'\n"
-          "prefixes are made anew; differ: the largest difference between their losses")  # fmt: skip
+    head = ["steps of NGD, one thread", "exact (ms)", "naive (ms)", "ratio", "+ prefixes"]
+    print(cli.table(lines, header=[*head, "operations", "+ prefixes", "differ"]))
+    print("\nms for a sample; ratio: naive / exact, by the clock and in operations; + prefixes: with all prefixes of")
+    print("neighbours made anew; differ: the largest difference between their losses")
     return 0
 
 

@@ -98,9 +98,14 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path):
         ax.annotate(
             f"{row['accuracy']:.1f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
         )
-    ax.axvline(base, color=INK, linewidth=1, linestyle=":")
+    ax.axvline(base, color=INK, linewidth=1, linestyle=":", label="the model as it is")
+    for colour, label in ((ORANGE, "C3PO"), (BLUE, "controls and rivals"), (GREY, "the oracle: sees the label")):
+        ax.plot([], [], "o", color=colour, markersize=5, label=label)
+    ax.legend(
+        fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.04), ncols=4, borderpad=0, handletextpad=0
+    )
     ax.set(yticks=list(places), yticklabels=names, xlabel="accuracy (%), with the 95 % interval of the gain over base")
-    ax.set_title(title, color=INK, loc="left", fontsize=10)
+    fig.suptitle(title, color=INK, fontsize=10)
     fig.savefig(path)
 
 

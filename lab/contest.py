@@ -139,7 +139,8 @@ def main_table(rows: dict[str, dict], multiples: dict[str, float]) -> str:
         times = f"{multiples[name]:.1f}" if name in multiples else ""
         lines.append([name, f"{row['accuracy']:.1%}", *cells, f"{row['ms']:.1f}", times])
     head = ["", "accuracy", "gain", "95 % interval", "fixed", "broken", "gap closed", "rerouted", "ms", "cost"]
-    return cli.table(lines, header=head)
+    n = len(head) - (not multiples)
+    return cli.table([line[:n] for line in lines], header=head[:n])
 
 
 def subsets(arena: Arena) -> dict[str, np.ndarray]:

@@ -50,6 +50,7 @@ class Outcome(NamedTuple):
     right: np.ndarray  # (n,) bool
     changed: np.ndarray  # (n,) bool: some layer chose other experts than before
     seconds: float  # for all samples, the references' prefixes included
+    hits: float = 0.0  # share of the neighbours' prefixes that were in memory already
 
 
 def judged(arena: Arena, run, target=None) -> Outcome:
@@ -60,7 +61,8 @@ def judged(arena: Arena, run, target=None) -> Outcome:
     before, after = (w.topk(arena.model.config.top_k).indices.sort().values for w in result[:2])  # (n, R, K) twice
     answer = choose(result.logits, arena.options)
     right = answer == (arena.labels if target is None else target)
-    return Outcome(*(t.numpy() for t in (answer, right, (before != after).flatten(1).any(1))), seconds)
+    changed = (before != after).flatten(1).any(1)  # (n, R, K) -> (n,)
+    return Outcome(answer.numpy(), right.numpy(), changed.numpy(), seconds, result.hits)
 
 
 def settings(arena: Arena, name: str, given: dict) -> dict:
@@ -187,7 +189,13 @@ def contest(folders: list[Path], arenas: list[Arena], names, given: dict, beside
     found["costs"] = costs(arenas[0].first(64), names, given, n)
     found["subsets"] = {part: summary(runs, clusters, [kept[part] for kept in parts]) for part in parts[0]}
     shown = [name for name in ("kernel regression", "NGD", "soft prompt", "oracle") if name in rows]
-    texts = [main_table(rows, found["costs"]), LEGEND, subset_table(found["subsets"], parts, shown)]
+    near = [arena.neighbours for arena in arenas]
+    lost, alone = sum(each.duplicates for each in near), sum(int((each.index[:, 0] < 0).sum()) for each in near)
+    kept = (
+        f", NGD had {np.mean([run['NGD'].hits for run in runs]):.0%} of its prefixes in memory" if "NGD" in rows else ""
+    )
+    chosen = f"neighbours: {lost:,} near-duplicates dropped, {alone:,} prompts with nobody (base is kept){kept}"
+    texts = [main_table(rows, found["costs"]), LEGEND, chosen, subset_table(found["subsets"], parts, shown)]
     if arenas[0].about is not None:
         found["errors"] = {name: errors([run[name] for run in runs], arenas) for name in ("base", *shown)}
         lines = [[name, *(f"{share:.1%}" for share in shares)] for name, shares in found["errors"].items()]

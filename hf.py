@@ -3,7 +3,7 @@
 python hf.py PATH_OR_REPO    what a checkpoint is, and whether it fits here, before anything is loaded
 
 A checkpoint is a folder of config.json, model.safetensors (or an index and shards) and tokenizer.json. It is not
-trusted: no pickle is read, and every size is checked before anything is allocated.
+trusted: no pickle is read, and every size is checked before anything is allocated, by the library safetensors and here.
 """
 
 import json
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from moe import Experts, MoE, MoEConfig, MoETransformer, Router, require
-from shards import DTYPES, read_entries, read_into, read_json, write_tensors
 
 NAMES = {  # our weights, in a block or outside -> the hub's; where those are two, they share the rows of ours
     "embedding.weight": ["model.embed_tokens"], "norm.weight": ["model.norm"], "unembedding.weight": ["lm_head"],
@@ -54,6 +55,7 @@ NEUTRAL = {  # keys that would change the result, and the only value that we com
     "quantization_config": None, "rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "default"},
 }  # fmt: skip
 SPANS = {int: (1, 2**18), float: (1e-12, 1e12), bool: (False, True)}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ABOUT = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
 
 
@@ -61,8 +63,8 @@ def load(source, dtype=None, device="cpu", cache=None, offline=False):
     """A checkpoint -> (model in evaluation mode, tokenizer of the library tokenizers, or None where it has none).
 
     source: a folder, or owner/name[@revision] on the hub, downloaded to the folder `cache` (None: the hub's own) unless
-    offline. dtype: float64, float32, bfloat16, float16 (None: as config.json says). The memory never holds more than
-    the model and some MB. ValueError or OSError, in one line, for what cannot be loaded."""
+    offline. dtype: float64, float32, bfloat16, float16 (None: as config.json says). Memory is taken for the model and
+    some MB; the files are only mapped. ValueError or OSError, in one line, for what cannot be loaded."""
     folder = fetch(source, ABOUT, cache, offline)
     name, model, dtype = plan(folder, dtype)
     tokenizer = read_tokenizer(folder, model.config.vocab_size)
@@ -74,11 +76,9 @@ def load(source, dtype=None, device="cpu", cache=None, offline=False):
     entries = read_entries(folder)
     check(model, name, entries, folder)
     parts = dict(pieces(model.to_empty(device=device), name))
-    for path in dict.fromkeys(entry.path for entry in entries.values()):
-        with open(path, "rb") as file:
-            for tensor, entry in entries.items():  # as they stand in the file
-                if entry.path == path and tensor in parts:
-                    read_into(parts[tensor], file, entry)
+    for tensor, stored in entries.items():  # by name, as most files are ordered
+        if tensor in parts:
+            copy(parts[tensor], stored)
     return model.eval(), tokenizer
 
 
@@ -94,19 +94,76 @@ def fetch(source, files: list[str], cache=None, offline=False) -> Path:
         options = {"revision": repo[2], "cache_dir": cache, "local_files_only": offline, "allow_patterns": files}
         return Path(snapshot_download(repo[1], **options))
     except Exception as error:  # OSError, or of the hub, or of its network library, which differs between its versions
-        raise OSError(
-            f"{source}: no folder here, nor had from the hub: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise OSError(f"{source}: no folder here, nor had from the hub: {one_line(error)}") from error
+
+
+def one_line(error) -> str:
+    """What an exception of a library says."""
+    return " ".join(str(error).split())[:200]
 
 
 def plan(folder: Path, dtype=None):
     """What a checkpoint will be -> (family, model on the device meta, where tensors have no numbers, dtype)."""
     name, config, stored = read_config(read_json(folder / "config.json"), folder / "config.json")
     dtype = str(dtype or stored).removeprefix("torch.")
-    known = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
-    require(dtype in known, f"dtype is {dtype:.60}; expected one of {', '.join(known)}")
+    require(dtype in DTYPES.values(), f"dtype is {dtype:.60}; expected one of {', '.join(DTYPES.values())}")
     with torch.device("meta"):
-        return name, MoETransformer(config).to(known[dtype]), dtype
+        return name, MoETransformer(config).to(getattr(torch, dtype)), dtype
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, from a file of up to 8 MB. ValueError for anything else."""
+    require(path.is_file(), f"{path.parent} is no checkpoint: there is no {path.name}")
+    require(path.stat().st_size <= 2**23, f"{path} has {path.stat().st_size:,} bytes; expected at most {2**23:,}")
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no readable JSON: {error}") from None
+    require(isinstance(found, dict), f"{path} holds JSON, but no object")
+    return found
+
+
+def read_entries(folder: Path) -> dict:
+    """The tensors of a checkpoint, not read yet: name -> slice of the library. ValueError for files that do not fit."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return read_header(single)
+    pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth")]
+    why = f"; {pickles[0]} is a pickle, which may run any code when it is read: convert it" if pickles else ""
+    require(index.is_file(), f"{folder} has neither {single.name} nor {index.name}{why}")
+    shards, entries = read_json(index).get("weight_map"), {}
+    require(isinstance(shards, dict) and shards, f"{index} has no weight_map from tensors to files")
+    for shard in sorted(set(map(str, shards.values()))):
+        inside = folder / shard in folder.glob("*.safetensors")
+        require(inside, f"{index} names {shard!r:.80}, and no *.safetensors beside it is called so: download it again")
+        part = read_header(folder / shard)
+        twice = sorted(part.keys() & entries.keys())
+        require(not twice, f"{folder / shard} repeats tensors of another shard: {twice[:3]!s:.200}")
+        entries |= part
+    return entries
+
+
+def read_header(path: Path) -> dict:
+    """The tensors of one file. A long header in a small file is refused: parsed, it would take far more memory."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    fits = length <= max(2**20, path.stat().st_size // 16)
+    require(fits, f"{path} is cut off, altered, or no safetensors file: its header would have {length:,} bytes")
+    try:
+        file = safe_open(path, "pt")
+        entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut off, altered, or no safetensors file: {one_line(error)}") from None
+    other = {name: stored.get_dtype() for name, stored in entries.items() if stored.get_dtype() not in DTYPES}
+    require(not other, f"{path} has {str(other)[:120]}; expected {', '.join(DTYPES)}")
+    return entries
+
+
+def copy(part, stored):
+    """Copy a tensor of a file into a weight, (n,) or (n, m), about a million numbers at a time."""
+    step = 2**20 // part[0].numel() + 1
+    for start in range(0, len(part), step):
+        part[start : start + step].copy_(stored[start : start + step])
 
 
 def pieces(model, name: str):
@@ -166,13 +223,14 @@ def check(model, name: str, entries: dict, folder):
     """ValueError that names the first few tensors that are missing, misshapen or not used, if there are any."""
     left, wrong = dict(entries), []
     for tensor, part in pieces(model, name):
-        found, shape = left.pop(tensor, None), tuple(part.shape)
-        if found is None or found.shape != shape:
-            wrong.append(f"{tensor}: {found.shape if found else 'missing'}, expected {shape}")
+        stored, shape = left.pop(tensor, None), [*part.shape]
+        found = "missing" if stored is None else stored.get_shape()
+        if found != shape:
+            wrong.append(f"{tensor}: {found!s:.60}, expected {shape}")
         if len(wrong) > 3:  # at once: the model may be far larger than the files
             break
     else:  # some old files keep the rotary frequencies, which follow from rope_theta
-        wrong += [f"{tensor:.80}: not used by {name}" for tensor in left if not tensor.endswith("rotary_emb.inv_freq")]
+        wrong += [f"{tensor!r:.80}: not used by {name}" for tensor in left if not tensor.endswith(".inv_freq")]
     require(not wrong, f"{folder} does not fit its config.json: {'; '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}")
 
 
@@ -200,7 +258,7 @@ def read_tokenizer(folder: Path, vocab_size: int):
     except ImportError:
         raise ValueError(f"{path} needs the library tokenizers: pip install tokenizers") from None
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no readable tokenizer: {error}") from None
+        raise ValueError(f"{path} is no readable tokenizer: {one_line(error)}") from None
     n, raw = tokenizer.get_vocab_size(), read_json(settings) if settings.is_file() else {}
     require(n <= vocab_size, f"{path} has {n} tokens, the model only {vocab_size}")
     bos = str(bos.get("content") if isinstance(bos := raw.get("bos_token"), dict) else bos)
@@ -223,10 +281,11 @@ def save(model, path):
             folder = Path(outer, path.name)
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-            write_tensors(folder / "model.safetensors", dict(pieces(model, name)))
+            save_file(dict(pieces(model, name)), weights := folder / "model.safetensors", {"format": "pt"})
+            weights.chmod((folder / "config.json").stat().st_mode)  # the library lets nobody else read it
             folder.replace(path)
-    except OSError as error:
-        raise OSError(f"could not write {path}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {path}: {one_line(error)}") from error
 
 
 def express(model):
@@ -257,20 +316,20 @@ def express(model):
 
 
 def describe(source) -> str:
-    """What a checkpoint is: family, sizes, parameters, files, memory; of one on the hub, from its config.json alone."""
+    """What a checkpoint is: family, sizes, parameters, tensors, memory; on the hub, from its config.json alone."""
     folder = fetch(source, ABOUT)
     name, model, stored = plan(folder)
-    c, n, free, files = model.config, model.n_params(), room(), "on the hub"
+    c, n, free, tensors = model.config, model.n_params(), room(), "on the hub"
     if Path(source).is_dir():
         entries = read_entries(folder)
         check(model, name, entries, folder)
-        files = f"{len({e.path for e in entries.values()})}, with {len(entries):,} tensors: all, and no others"
+        tensors = f"{len(entries):,}: all, and no others"
     rows = {
         "family": f"{name}, saved in {stored}; width {c.d_model:,}, vocabulary {c.vocab_size:,}, context {c.context:,}",
         "layers": f"{c.n_layers}, {len(c.dense_layers)} of them dense; {c.n_heads} heads of {c.head_dim}",
         "experts": f"{c.n_experts} of width {c.d_expert:,}, top {c.top_k}; shared width {c.d_shared:,}",
         "parameters": f"{n:,} in all, {model.n_params(activated=True):,} activated for a token",
-        "files": files,
+        "tensors": tensors,
         "bfloat16": f"{n * 2 / 1e9:,.2f} GB: {'fits' if n * 2 <= free else 'too large'}",
         "float32": f"{n * 4 / 1e9:,.2f} GB: {'fits' if n * 4 <= free else 'too large'}; {free / 1e9:,.2f} GB are free",
     }

@@ -392,12 +392,11 @@ class MoETransformer(nn.Module):
             require(at.shape == (B, T), f"remix.at has shape {tuple(at.shape)}; expected {(B, T)}")
             at = at.flatten()  # (B, T) -> (N,)
             for index, row in remix.rows.items():
-                expected, n = (B, config.n_experts), len(self.routers())
-                fits = index in range(n) and row.shape in (expected, (B, T, config.n_experts))
+                E, n = config.n_experts, len(self.routers())
+                fits = index in range(n) and row.shape in ((B, E), (B, T, E))
                 found = f"a pathway of shape {tuple(row.shape)} for router {index!r}"
-                require(fits, f"{found}; expected {expected}, or one for each of {T} tokens, for one of {n} routers")
-                row = row if row.dim() == 3 else row[:, None].expand(-1, T, -1)  # (B, E) -> (B, T, E)
-                rows[index] = row.flatten(0, 1)  # (B, T, E) -> (N, E)
+                require(fits, f"{found}; expected {(B, E)} or {(B, T, E)} for one of {n} routers")
+                rows[index] = (row if row.dim() == 3 else row[:, None].expand(-1, T, -1)).flatten(0, 1)  # (N, E)
         if valid is None and S == 0:
             position = position[:1]  # (1, T)
         else:

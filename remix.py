@@ -486,7 +486,8 @@ def neighbour_loss(tail: Tail, prefix: Prefix, owner, weight, labels, options=No
         candidates = pathway.view(-1, *pathway.shape[-3:])  # (c, n, R, E)
         c, n, M = *candidates.shape[:2], len(owner)
         imposed = candidates.index_select(1, owner).flatten(0, 1)  # (c, M, R, E) -> (c*M, R, E)
-        logits = tail(Prefix(*(part.repeat(c, *[1] * (part.dim() - 1)) for part in prefix)), imposed)  # (c*M, V)
+        copies = prefix if c == 1 else Prefix(*(part.repeat(c, *[1] * (part.dim() - 1)) for part in prefix))
+        logits = tail(copies, imposed)  # (c*M, V)
         logits = logits if options is None else logits.gather(1, options.repeat(c, 1))  # (c*M, O)
         each = F.cross_entropy(logits, target.repeat(c), reduction="none").view(c, M) * weight
         return each.new_zeros(c, n).index_add(1, owner, each).view(pathway.shape[:-2])

@@ -5,7 +5,6 @@ python -m lab.bench_load makes a random checkpoint of OLMoE's shapes with two of
 folder, and loads it. It needs Linux, which tells how much memory a process has that is not a file's.
 """
 
-import argparse
 import os
 import re
 import statistics
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 import hf
-from lab import cli
+from lab.cli import table
 from moe import MoEConfig, MoETransformer
 
 OLMOE = {"vocab_size": 50304, "context": 4096, "d_model": 2048, "n_heads": 16, "n_experts": 64, "top_k": 8}
@@ -36,59 +35,40 @@ def watched(function):
         while not done.wait(0.002):
             peaks.append(anonymous() - start)
 
-    thread, began = threading.Thread(target=watch), time.perf_counter()
-    thread.start()
+    threading.Thread(target=watch, daemon=True).start()
+    began = time.perf_counter()
     result, seconds = function(), time.perf_counter() - began
     done.set()
-    thread.join()
     return result, seconds, max(*peaks, anonymous() - start)
 
 
-def read(path: Path):
-    """A plain read of a file, into a buffer of 16 MB."""
-    buffer = bytearray(2**24)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
+def measure(path: Path, dtype, disk: bool, n: int):
+    """A load of n weights -> their GB, peak / weights, seconds (of the load, a read, a first touch), load / both."""
 
+    def read():
+        with open(path, "rb", buffering=0) as file:
+            while file.read(2**24):
+                pass
+            if disk:  # forgotten at once: the next read comes from there
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-def forget(path: Path):
-    """Let the next read come from the disk."""
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def main(argv) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2, help="layers of 0.8 GB each [2]")
-    layers = parser.parse_args(argv).layers
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as top, torch.no_grad():
-        folder = Path(top, "it")
-        model = MoETransformer(MoEConfig(**OLMOE, n_layers=layers, d_expert=1024)).bfloat16()
-        hf.save(model, folder)
-        numbers = model.n_params()
-        del model
-        file, rows = folder / "model.safetensors", []
-        for where in ("page cache", "disk"):
-            for dtype in ("bfloat16", "float32"):
-                runs = []
-                for _ in range(3):
-                    prepare = forget if where == "disk" else read
-                    prepare(file)
-                    plain = watched(lambda: read(file))[1]
-                    touch = watched(lambda dtype=dtype: torch.empty(numbers, dtype=getattr(torch, dtype)).zero_())[1]
-                    prepare(file)
-                    (loaded, _), seconds, grown = watched(lambda dtype=dtype: hf.load(folder, dtype))
-                    size = sum(weight.nbytes for weight in loaded.parameters())
-                    runs.append((grown / size, seconds, plain, touch, seconds / (plain + touch)))
-                    del loaded
-                medians = (f"{statistics.median(column):.2f}" for column in zip(*runs, strict=True))
-                rows.append((f"{dtype}, from {where}", f"{size / 1e9:.2f}", *medians))
-        print(f"{file.stat().st_size / 1e9:.2f} GB in bfloat16, one thread, medians of 3\n")
-        print(cli.table(rows, header=["load as", "weights GB", "peak / weights", "s", "read s", "touch s", "s / both"]))
-    return 0
+    plain = [watched(read)[1] for _ in range(2)][1]
+    touch = watched(lambda: torch.empty(n, dtype=dtype).zero_())[1]
+    (model, _), seconds, grown = watched(lambda: hf.load(path.parent, dtype))
+    size = sum(weight.nbytes for weight in model.parameters())
+    return size / 1e9, grown / size, seconds, plain, touch, seconds / (plain + touch)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as top:
+        hf.save(model := MoETransformer(MoEConfig(**OLMOE, n_layers=2, d_expert=1024)).bfloat16(), Path(top, "it"))
+        n, model, rows = model.n_params(), None, []  # the model's memory is free again
+        for disk in (False, True):
+            for dtype in (torch.bfloat16, torch.float32):
+                runs = [measure(Path(top, "it/model.safetensors"), dtype, disk, n) for _ in range(3)]
+                medians = (f"{statistics.median(column):.2f}" for column in zip(*runs, strict=True))
+                rows.append((f"{str(dtype)[6:]}, from {'disk' if disk else 'page cache'}", *medians))
+    print(f"{n * 2 / 1e9:.2f} GB in bfloat16, one thread, medians of 3\n")
+    print(table(rows, header=["load as", "weights GB", "peak / weights", "s", "read s", "touch s", "s / both"]))

@@ -24,7 +24,7 @@ SWEEPS = {  # one setting of NGD at a time: what is shown -> changes
     "core experts": [{"core": v} for v in (2, 4, 6, 8, 12, 16)],
     "steps": [{"steps": v} for v in (0, 1, 2, 3, 5, 10, 20, 50)],
     "neighbours": [{"k": v} for v in (1, 2, 3, 5, 8, 16, 32)],
-    "epsilon ball": [{"epsilon": v} for v in (0.6, 0.8, 1.0, 1.2)],
+    "epsilon ball": [{"epsilon": v} for v in (0.6, 0.7)],  # 0.2 and 10 neighbours in the mean
     "kernel": [{"kernel": v} for v in ("gaussian", "matern", "polynomial", "linear")],
     "embedding": [
         {"embedding": v} for v in ("tfidf-places", "tfidf", "tfidf-bigrams", "hidden:1", "hidden:3", "pathway")

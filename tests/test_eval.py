@@ -19,7 +19,8 @@ from lab.stats import interval, share_interval
 from lab.tasks import accuracy, choose, cloze, evaluate, most_frequent, places, specialisation
 from moe import MoEConfig, MoETransformer
 
-SMALL = "--steps 2 --batch 2 --eval-every 2 --d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
+SMALL = "--no-remix --steps 2 --batch 2 --eval-every 2 "
+SMALL += "--d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
 LAST = ["fox", "dog", "cat", "bed", "sun", "tree", "home", "day"]
 
 

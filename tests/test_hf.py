@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import hf
+from lab.bench_load import watched
 from moe import MoEConfig, MoETransformer, Router
 
 E, V = 5, 37  # experts and vocabulary of a tiny model
@@ -125,28 +126,20 @@ def deepseek(w, c, tokens):
     return norm(x, "model.norm") @ w["lm_head.weight"].T
 
 
-@pytest.mark.parametrize(
-    ("changes", "config"),
-    [
-        ({"dense_layers": (0,), "d_shared": 14}, {}),
-        ({"dense_layers": (0, 1), "d_shared": 7, "norm_topk": True}, {}),
-        ({"top_k": 1, "d_shared": 7}, {"norm_topk_prob": True}),  # which DeepSeek's code then passes over
-        ({"top_k": E}, {"n_shared_experts": None}),
-    ],
-    ids=["default", "norm", "top-1", "top-all"],
-)
+DEEPSEEK = {  # changes of our model, and of its config.json
+    "default": ({"dense_layers": (0,), "d_shared": 14}, {}),
+    "norm": ({"dense_layers": (0, 1), "d_shared": 7, "norm_topk": True}, {}),
+    "top-1": ({"top_k": 1, "d_shared": 7}, {"norm_topk_prob": True}),  # which DeepSeek's code then passes over
+    "top-all": ({"top_k": E}, {"n_shared_experts": None}),
+}
+
+
+@pytest.mark.parametrize(("changes", "config"), DEEPSEEK.values(), ids=DEEPSEEK)
 def test_deepseek_equals_a_straight_line(changes, config, tmp_path):
     """transformers lacks DeepSeekMoE v1; here are the same logits as of plain loops over tokens, heads and experts."""
-    sizes = {
-        "vocab_size": V,
-        "d_model": 24,
-        "n_kv_heads": 2,
-        "n_experts": E,
-        "top_k": 2,
-        "d_expert": 7,
-        "rope_theta": 300.0,
-    }
-    model, tokens = MoETransformer(MoEConfig(**sizes | {"qk_norm": "none"} | changes)), torch.randint(V, (12,))
+    sizes = {"vocab_size": V, "d_model": 24, "n_kv_heads": 2, "n_experts": E, "top_k": 2, "d_expert": 7}
+    sizes |= {"rope_theta": 300.0, "qk_norm": "none"}
+    model, tokens = MoETransformer(MoEConfig(**sizes | changes)), torch.randint(V, (12,))
     hf.save(scatter(model).double(), tmp_path / "it")
     edit(tmp_path / "it/config.json", config)
     weights, c = load_file(tmp_path / "it/model.safetensors"), json.loads((tmp_path / "it/config.json").read_text())
@@ -198,19 +191,19 @@ class Other(Router):
     """Another routing rule."""
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"d_shared": 8}, "olmoe, which cannot have {'d_shared': 8}"),
-        ({"dense_layers": (0,)}, "olmoe, which cannot have {'dense_layers': (0,)"),
-        ({"head_dim": 6}, "olmoe, which cannot have {'head_dim': 6}"),
-        ({"qk_norm": "head", "clip_qkv": 1.0}, "qwen3_moe, which cannot have {'clip_qkv': 1.0}"),
-        ({"qk_norm": "none", "d_shared": 9}, "deepseek, which cannot have {'d_shared': 9}"),
-        ({"qk_norm": "none", "dense_layers": (1,)}, "deepseek, which cannot have {'dense_layers': (1,)"),
-        ({"qk_norm": "none", "norm_topk": True, "top_k": 1, "d_shared": 8}, "cannot have {'norm_topk': True}"),
-        (None, "no family of the hub computes Other"),
-    ],
-)
+REFUSED = [
+    ({"d_shared": 8}, "olmoe, which cannot have {'d_shared': 8}"),
+    ({"dense_layers": (0,)}, "olmoe, which cannot have {'dense_layers': (0,)"),
+    ({"head_dim": 6}, "olmoe, which cannot have {'head_dim': 6}"),
+    ({"qk_norm": "head", "clip_qkv": 1.0}, "qwen3_moe, which cannot have {'clip_qkv': 1.0}"),
+    ({"qk_norm": "none", "d_shared": 9}, "deepseek, which cannot have {'d_shared': 9}"),
+    ({"qk_norm": "none", "dense_layers": (1,)}, "deepseek, which cannot have {'dense_layers': (1,)"),
+    ({"qk_norm": "none", "norm_topk": True, "top_k": 1, "d_shared": 8}, "cannot have {'norm_topk': True}"),
+    (None, "no family of the hub computes Other"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_save_refuses(changes, message, tmp_path):
     """What no family can express is refused, with the reason, before anything is written."""
     model = MoETransformer(MoEConfig(**SMALL | (changes or {})))
@@ -248,9 +241,9 @@ def data(change, name="model.safetensors"):
     return lambda folder, rng: (folder / name).write_bytes(change((folder / name).read_bytes(), rng))
 
 
-def length(n, *text):
+def length(n, text=b""):
     """Another length of the header, and another header."""
-    return data(lambda whole, rng: n.to_bytes(8, "little") + b"".join(text) + whole[8:])
+    return data(lambda whole, rng: n.to_bytes(8, "little") + text + whole[8:])
 
 
 def header(change):
@@ -290,31 +283,39 @@ def pickled(name):
 
 
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"
-BAD = {
-    "cut in the numbers": (data(lambda b, rng: b[: rng.randrange(100_000, len(b))]), "cut off, or altered"),
-    "cut in the header": (data(lambda b, rng: b[: rng.randrange(20, 20_000)]), "it is cut off, or no safetensors"),
-    "cut to 7 bytes": (data(lambda b, rng: b[:7]), "has 7 bytes"),
-    "more bytes": (data(lambda b, rng: b + b"more"), "it is cut off, or altered"),
-    "noise": (data(lambda b, rng: b[:8] + rng.randbytes(len(b) - 8)), "no readable JSON"),
-    "header length 0": (length(0), "its header 0: it is cut off, or no safetensors file"),
-    "header length 2^63": (length(2**63), "its header 9,223,372,036,854,775,808"),
-    "header longer by 8": (data(lambda b, rng: bytes([b[0] + 8]) + b[1:]), "no readable JSON"),
-    "header deep": (length(10**6, b"[" * 10**6), "no readable JSON"),
-    "overlap": (header(lambda h, _: h[GATE].update(data_offsets=h["lm_head.weight"]["data_offsets"])), "an overlap"),
-    "hole": (header(lambda h, _: h.pop(GATE)), "an overlap or a hole"),
-    "out of range": (entry(data_offsets=[2**40, 2**40 + 4]), "an overlap or a hole"),
-    "negative offset": (entry(data_offsets=[-4, 0]), "expected dtype"),
-    "huge shape": (entry(shape=[2**40, 2**22]), "an overlap or a hole"),
-    "huge shape and offsets": (entry(shape=[2**40], data_offsets=[0, 2**42]), "an overlap or a hole"),
-    "integers": (entry(dtype="I32"), r"'I32'.*expected dtype \(F64, F32, F16, BF16\)"),
-    "transposed": (header(lambda h, _: h[GATE].update(shape=[64, 256])), r"\(64, 256\), expected \(256, 64\)"),
-    "renamed": (header(lambda h, _: h.update({"odd": h.pop(GATE)})), "gate_proj.weight: missing, .*odd: not used"),
+SWELLING = b'{"a":{"dtype":"F32","data_offsets":[0,0],"shape":[0%b]}}' % (b",0" * 2 * 10**6)  # parsed, 34 times as much
+NO_SAFETENSORS = {
+    "cut in the numbers": data(lambda b, rng: b[: rng.randrange(100_000, len(b))]),
+    "cut in the header": data(lambda b, rng: b[: rng.randrange(20, 20_000)]),
+    "cut to 7 bytes": data(lambda b, rng: b[:7]),
+    "cut to 0 bytes": data(lambda b, rng: b""),
+    "more bytes": data(lambda b, rng: b + b"more"),
+    "noise": data(lambda b, rng: b[:8] + rng.randbytes(len(b) - 8)),
+    "header length 0": length(0),
+    "header length 2^63": length(2**63),
+    "header longer by 8": data(lambda b, rng: bytes([b[0] + 8]) + b[1:]),
+    "header deep": length(10**6, b"[" * 10**6),
+    "header that swells": length(len(SWELLING), SWELLING),
+    "overlap": header(lambda h, _: h[GATE].update(data_offsets=h["lm_head.weight"]["data_offsets"])),
+    "hole": header(lambda h, _: h.pop(GATE)),
+    "out of range": entry(data_offsets=[2**40, 2**40 + 4]),
+    "negative offset": entry(data_offsets=[-4, 0]),
+    "huge shape": entry(shape=[2**40, 2**22]),
+    "huge shape and offsets": entry(shape=[2**40], data_offsets=[0, 2**42]),
+    "unknown dtype": entry(dtype="F7\n"),
+    "pickle in disguise": pickled("model.safetensors"),
+}
+BAD = {name: (case, "/model.safetensors is cut off, altered, or no safetens") for name, case in NO_SAFETENSORS.items()}
+BAD |= {
+    "integers": (entry(dtype="I32"), r"'I32'}; expected F64, F32, F16, BF16"),
+    "fp8": (header(lambda h, _: h[GATE].update(dtype="F8_E4M3", shape=[256, 256])), r"'F8_E4M3'}; expected F64, F32"),
+    "transposed": (header(lambda h, _: h[GATE].update(shape=[64, 256])), r"\[64, 256\], expected \[256, 64\]"),
+    "renamed": (header(lambda h, _: h.update({"odd": h.pop(GATE)})), "gate_proj.weight: missing, .*'odd': not used"),
     "pickle": (pickled("pytorch_model.bin"), "pytorch_model.bin is a pickle, which may run any code"),
-    "pickle in disguise": (pickled("model.safetensors"), "it is cut off, or no safetensors file"),
     "no weights": (lambda folder, rng: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
-    "shard outside": (index({"a": "../part.safetensors"}), "expected a .* of the same folder"),
-    "shard of another kind": (index({"a": "pytorch_model.bin"}), "expected a .* of the same folder"),
-    "shard missing": (index({"a": "other.safetensors"}), "other.safetensors, which is missing"),
+    "shard outside": (index({"a": "../part.safetensors"}), r"'../part\.safetensors', and no .* beside it is called"),
+    "shard of another kind": (index({"a": "pytorch_model.bin"}), "'pytorch_model.bin', and no .* beside it is called"),
+    "shard missing": (index({"a": "other.safetensors"}), "'other.safetensors', and no .*: download it again"),
     "shards that repeat": (index({"a": "part.safetensors", "b": "copy.safetensors"}), "repeats tensors of another"),
     "index without a map": (index(["part.safetensors"]), "has no weight_map"),
     "no config": (lambda folder, rng: (folder / "config.json").unlink(), "there is no config.json"),
@@ -331,7 +332,7 @@ BAD = {
     "not a number": (config(rms_norm_eps=float("nan")), "rms_norm_eps is nan; expected float"),
     "more layers": (config(num_hidden_layers=9), "layers.4.input_layernorm.weight: missing|layers.4.*missing"),
     "fewer layers": (config(num_hidden_layers=3), r"not used by olmoe; .* \.\.\."),
-    "other vocabulary": (config(vocab_size=49), r"\(48, 64\), expected \(49, 64\)"),
+    "other vocabulary": (config(vocab_size=49), r"\[48, 64\], expected \[49, 64\]"),
     "two numbers of experts": (config(num_local_experts=8), "contradicts itself: {'num_experts': 16, 'num_local"),
     "more chosen than there": (config(num_experts_per_tok=17), "top_k 17 is more than the 16 experts"),
     "activation": (config(hidden_act="gelu"), "hidden_act is 'gelu'; we only compute 'silu'"),
@@ -381,10 +382,12 @@ def test_bytes_at_random(tmp_path):
 
 def test_memory(good, tmp_path, monkeypatch):
     """Loading takes the memory of the weights, and a checkpoint for which there is too little is refused before."""
-    hf.save(MoETransformer(MoEConfig(d_expert=1024)).bfloat16(), tmp_path / "it")
+    saved = MoETransformer(MoEConfig(d_expert=1024, vocab_size=20_001)).bfloat16()  # some tensors come in two pieces
+    hf.save(saved, tmp_path / "it")
     for dtype in ("bfloat16", "float32"):
-        (model, _), grown = peak(lambda dtype=dtype: hf.load(tmp_path / "it", dtype))
+        (model, _), _, grown = watched(lambda dtype=dtype: hf.load(tmp_path / "it", dtype))
         assert grown <= 1.15 * sum(weight.nbytes for weight in model.parameters())
+        assert all(map(torch.equal, model.to(torch.bfloat16).parameters(), saved.parameters()))
     monkeypatch.setattr(hf, "room", lambda device: 10_000_000)
     with pytest.raises(ValueError, match=r"takes 0.01 GB in float32, and cpu has 0.01 GB free: try bfloat16"):
         hf.load(good)

@@ -9,20 +9,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lines, blank ones not counted.
 BUDGETS = {
-    "moe.py": 395,
+    "moe.py": 396,
     "cartesian.py": 200,
-    "remix.py": 515,
+    "remix.py": 540,
     "data.py": 250,
-    "hf.py": 250,
-    "shards.py": 105,
-    "train_toy.py": 300,
+    "hf.py": 300,
+    "train_toy.py": 310,
     "eval.py": 350,
-    "lab": 2_000,
+    "lab": 2_100,
     "tests": 2_700,
 }
 # What a module may import of the project's own.
-ALLOWED = {"moe": set(), "data": {"moe"}, "cartesian": {"moe"}, "remix": {"moe"}, "shards": {"moe"}}
-ALLOWED |= {"hf": {"moe", "shards"}, "lab": {"moe", "data", "cartesian", "remix", "hf", "lab"}}
+ALLOWED = {"moe": set(), "data": {"moe"}, "cartesian": {"moe"}, "remix": {"moe"}, "hf": {"moe"}}
+ALLOWED |= {"lab": {"moe", "data", "cartesian", "remix", "hf", "lab"}}
 
 
 def sources(name):

@@ -16,7 +16,8 @@ from data import SkillsTask
 from lab import checkpoint, cli
 from moe import MoEConfig, MoETransformer
 
-SMALL = "--steps 6 --batch 8 --eval-every 2 --d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
+SMALL = "--no-remix --steps 6 --batch 8 --eval-every 2 "
+SMALL += "--d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
 
 
 @pytest.fixture(autouse=True)

@@ -108,7 +108,7 @@ def sharing(model, data, split: str = "test", most: int = 64, compared: int = 25
         parts = composed(block, ends[0][some], total_a[some], total_b[some])
         row = {"layer": i, "information": information(a, b), "shuffled": shuffled(a, b)}
         row["most"] = math.log(a.shape[1] ** 2 / float(a.sum(1).mean() * b.sum(1).mean())) / 2
-        row["use"] = (a.T @ b / (a.sum(1) @ b.sum(1))).tolist()  # (E, E)
+        row["use"] = (a.T @ b / (a.sum(1) @ b.sum(1))).double().round(decimals=5).tolist()  # (E, E)
         rows.append(row | {"alike": alike(*parts, a[some, :, None] * b[some, None])})
     return rows
 

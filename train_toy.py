@@ -64,6 +64,8 @@ class TrainConfig:
         for name in ("lr", "clip"):
             require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be greater than 0")
         require(min(self.seed, self.warmup, self.threads) >= 0, "seed, warmup and threads must be at least 0")
+        alone = self.preset is None or (self.model == "moe" and not self.twin)
+        require(alone, "a preset has no dense twin: compare it with --preset dense")
         require(self.data != "text" or self.data_file is not None, "--data text needs --data-file PATH")
 
 
@@ -155,8 +157,7 @@ def run(train: TrainConfig, sizes: MoEConfig, several: bool):
     plots.loss_figure(log, uniform(train, data), f"{train.data}, seed {train.seed}", folder / "loss.png")
     load = []
     if model.routers():
-        special = specialisation(model, data)
-        load = special.load
+        load = (special := specialisation(model, data)).load
         title = f"Which expert does what: {train.data}, seed {train.seed}"
         plots.routing_figure(special.shares, load, special.kinds, places(model), title, folder / "routing.png")
     scores = final_scores(model, data)
@@ -288,15 +289,14 @@ def describe(train: TrainConfig, model, data, device, folder) -> str:
     """What is about to run."""
     sizes, length = model.config, data.batch(0, 1)[0].shape[1]
     where = f"{device} ({train.threads} thread{'s' if train.threads > 1 else ''})" if device.type == "cpu" else device
-    visits, most = f"top {sizes.top_k}", ""
-    if getattr(sizes, "router", "") == "top_p":
-        visits, most = f"top-p {sizes.top_p}", " at most"
+    total, active, varies = model.n_params(), model.n_params(activated=True), getattr(sizes, "router", "") == "top_p"
+    visits = f"top-p {sizes.top_p}" if varies else f"top {sizes.top_k}"
     layer = f"{sizes.n_experts} experts of width {sizes.d_expert}, {visits}, {train.preset}".removesuffix(", None")
     sparse = any("experts" in name for name, _ in model.named_parameters())
     rows = [
         ("run", f"{folder}: {train.steps} steps of {train.batch} x {length} tokens on {where}, {train.dtype}"),
         ("model", f"{sizes.n_layers} layers of width {sizes.d_model}; {layer if sparse else 'all dense'}"),
-        ("parameters", f"{model.n_params():,} in all, {model.n_params(activated=True):,} activated for a token{most}"),
+        ("parameters", f"{total:,} in all, {active:,} activated for a token{' at most' * varies}"),
     ]
     return cli.table(rows, left=2)
 

@@ -176,6 +176,7 @@ WRONG = {
     "experts": ("--top-k 20", 2, "top_k 20 is more than the 16 experts"),
     "router": ("--top-k 1 --norm-topk", 2, "the router gets no gradient; use"),
     "preset": ("--preset cartesain", 2, "'cartesain' is not one of dense, dense_two"),
+    "twin of a preset": ("--preset cartesian --twin", 2, "a preset has no dense twin"),
     "sizes": ("--preset hash --d-model 16", 2, "hash cannot match fine_grained's size at n_experts 15, d_expert 64"),
     "text": ("--data text", 2, "needs --data-file"),
     "missing": ("--data-file nowhere.txt", 1, "no such text file: nowhere.txt"),

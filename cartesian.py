@@ -245,7 +245,8 @@ def preset(name: str, base: MoEConfig) -> CartesianConfig:
     moved = ((f, getattr(base, f) + s * n) for n in range(1, 17) for s in (-1, 1) for f in ("d_expert", "n_experts"))
     near = (f"{f} {n}" for f, n in moved if n > 2 * base.top_k and matches(name, replace(base, **{f: n})))
     found = f"n_experts {base.n_experts}, d_expert {base.d_expert}, d_shared {base.d_shared}"
-    raise ValueError(f"{name} cannot match fine_grained's size at {found}; try {next(near, 'd_shared = d_expert')}")
+    hint = "d_shared = d_expert" + ", and larger" * (base.d_shared == base.d_expert)
+    raise ValueError(f"{name} cannot match fine_grained's size at {found}; try {next(near, hint)}")
 
 
 def matches(name: str, base: MoEConfig) -> bool:

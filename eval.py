@@ -5,6 +5,8 @@ python eval.py routing        which expert does what
 python eval.py sample         let it tell a story
 python eval.py cloze          choose the last word of stories
 python eval.py remix          C3PO: re-mix its experts for each prompt, beside all that it is compared with
+python eval.py robustness     what it loses where its routing goes wrong
+python eval.py sharing        which experts a Cartesian model composes, and how alike they are
 python eval.py choice         benchmarks, on a checkpoint of the hub: --model PATH_OR_REPO
 """
 
@@ -20,8 +22,10 @@ from data import SkillsTask
 from lab import checkpoint, choice, cli, plots
 from lab.baselines import METHODS, arena_of
 from lab.contest import contest, figures, sweep_table, sweeps
+from lab.robust import robustness, robustness_table
+from lab.sharing import sharing, sharing_table
 from lab.stats import share_interval
-from lab.tasks import accuracy, choose, cloze, evaluate, load_data, most_frequent, specialisation
+from lab.tasks import accuracy, choose, cloze, evaluate, load_data, most_frequent, places, specialisation
 from moe import require
 from remix import RemixConfig
 
@@ -34,6 +38,8 @@ def main(argv=None) -> int:
         "sample": sample,
         "cloze": cloze_task,
         "remix": remix_task,
+        "robustness": robustness_task,
+        "sharing": sharing_task,
     }
     argv = list(argv or [])
     if argv[:1] == ["choice"]:
@@ -86,26 +92,25 @@ def perplexity(folder, model, data, split) -> int:
 
 def routing(folder, model, data, split) -> int:
     """Which expert does what on a held-out split: load, entropy, first choices, the tokens that each takes most."""
-    require(len(model.routers()) > 0, f"{folder} is a dense model: it has no router to look into")
-    special, K = specialisation(model, data, split, n_kinds=100), model.config.top_k
-    rows = []
-    for layer, load in enumerate(special.load):
-        even = load * len(load) / K
-        cells = (special.entropy[layer], special.top[layer], even.min(), even.max())
-        rows.append((f"layer {layer}", *(f"{cell:.2f}" for cell in cells), cli.bar_line(load)))
-    share = f"{K / special.load.shape[1]:.0%}"
+    require(len(model.routers()) > 0, f"{folder} is a dense model, or routes by hash: it has no router to look into")
+    special, names, rows = specialisation(model, data, split, n_kinds=100), places(model), []
+    for name, load, entropy, top in zip(names, special.load, special.entropy, special.top, strict=True):
+        cells = (entropy, top, load.min() / load.mean(), load.max() / load.mean())
+        rows.append((name, *(f"{cell:.2f}" for cell in cells), cli.bar_line(load)))
+    share = f"{special.load.mean():.0%}"
     print(cli.table(rows, header=["", "entropy", "top-1", "least", "most", "load of each expert"]))
     print("entropy: of a token's probabilities, 1 = uniform; top-1: the probability of its first choice;")
     print(f"least, most: load of an expert, 1 = an even share, which is {share} of the tokens\n")
-    for layer, shares in enumerate(special.shares.round(2)):  # (R, E)
+    for name, shares in zip(names, special.shares.round(2), strict=True):  # (R, E)
         # The kinds of which an expert takes the largest share; of equals, the most frequent first.
         best = np.argsort(-shares, axis=0, kind="stable")[:6].T  # (R, E) -> (E, 6)
         text = ["  ".join(f"{special.kinds[r]} {shares[r, e]:.0%}" for r in row) for e, row in enumerate(best)]
-        print(cli.table(list(enumerate(text)), header=[f"layer {layer}", "takes most of"], left=2), end="\n\n")
+        print(cli.table(list(enumerate(text)), header=[name, "takes most of"], left=2), end="\n\n")
     title, figures = f"{folder}, {split}", (folder / "routing.png", folder / "together.png")
     common = special._replace(shares=special.shares[:, :12], kinds=special.kinds[:12])
-    plots.routing_figure(common.shares, common.load, common.kinds, K, f"Which expert does what: {title}", figures[0])
-    plots.together_figure(common.together, common.shares, f"Experts that work together: {title}", figures[1])
+    does, together = f"Which expert does what: {title}", f"Experts that work together: {title}"
+    plots.routing_figure(common.shares, common.load, common.kinds, names, does, figures[0])
+    plots.together_figure(common.together, common.shares, names, together, figures[1])
     numbers = {name: value.tolist() for name, value in special._asdict().items() if name != "kinds"}
     print(f"wrote {figures[0]} and {figures[1]}", end="")
     return save(folder, f"routing-{split}", {"kinds": special.kinds, **numbers})
@@ -177,7 +182,29 @@ def remix_task(folders, split, methods, most, strict, ablate, beside, out, **giv
     return save(out, name, found)
 
 
-def save(folder: Path, name: str, scores: dict) -> int:
+def robustness_task(folder, model, data, split) -> int:
+    """What a model loses where its routing goes wrong: first choices that are disabled, in many ways, and noise."""
+    rows, path = robustness(model, data, split), folder / f"robustness-{split}.png"
+    print(robustness_table(rows))
+    plots.robustness_figure({folder.name: {p: [row["mass"], row["perplexity"]] for p, row in rows.items()}}, path)
+    print(f"\nwrote {path}", end="")
+    return save(folder, f"robustness-{split}", rows)
+
+
+def sharing_task(folder, model, data, split) -> int:
+    """Which experts of A and B a Cartesian model composes, and how alike those are that share one of them."""
+    rows, path = sharing(model, data, split), folder / f"sharing-{split}.png"
+    print(sharing_table(rows))
+    print(
+        "\ninformation: what a token's choice in A tells of that in B, in nats; shuffled: what that would be by chance;"
+    )
+    print("cosines of the outputs of composed experts: of those that a token visits / of all")
+    plots.sharing_figure(rows, f"Composed experts: {folder}, {split}", path)
+    print(f"\nwrote {path}", end="")
+    return save(folder, f"sharing-{split}", rows)
+
+
+def save(folder: Path, name: str, scores: dict | list) -> int:
     """Scores as JSON beside the checkpoint -> 0."""
     path = folder / f"{name}.json"
     checkpoint.write(path, json.dumps(scores, indent=2).encode())

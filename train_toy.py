@@ -23,7 +23,7 @@ from cartesian import PRESETS, TOY, CartesianConfig, build, preset
 from data import SkillsTask
 from lab import checkpoint, cli, plots, stats
 from lab.contest import taste
-from lab.tasks import evaluate, final_scores, load_data, specialisation, stories
+from lab.tasks import evaluate, final_scores, load_data, places, specialisation, stories
 from moe import MoEConfig, require
 
 
@@ -64,10 +64,13 @@ class TrainConfig:
         for name in ("lr", "clip"):
             require(0 < getattr(self, name) < math.inf, f"{name} is {getattr(self, name)}; it must be greater than 0")
         require(min(self.seed, self.warmup, self.threads) >= 0, "seed, warmup and threads must be at least 0")
+        alone = self.preset is None or (self.model == "moe" and not self.twin)
+        require(alone, "a preset has no dense twin: compare it with --preset dense")
         require(self.data != "text" or self.data_file is not None, "--data text needs --data-file PATH")
 
 
 TEXT = {"d_model": 128, "context": 128, "batch": 8, "steps": 2500, "eval_every": 250, "lr": 6e-3, "warmup": 100}
+SKILLS = {"n_experts": 15, "top_k": 3, "d_shared": 64}  # for presets: the default size, one of 16 experts is shared
 FREE = ("resume", "device", "compile", "remix")  # flags that a resumed run may change
 SHOWN = {  # how people read the scores
     "loss": ("cross-entropy (nats)", ".3f"),
@@ -111,8 +114,8 @@ def fresh(given: dict):
     """Settings of a new run: the flags over the defaults, which for text are others than for the skills task."""
     if given.get("data_file") and "data" not in given:
         given["data"] = "text"
-    text = TEXT | (TOY if given.get("preset") else {})
-    values = {**(text if given.get("data", "skills") != "skills" else {}), **given}
+    text, chosen = given.get("data", "skills") != "skills", given.get("preset")
+    values = (TEXT if text else {}) | ((TOY if text else SKILLS) if chosen else {}) | given
     train, sizes = cli.build(TrainConfig, values), cli.build(MoEConfig, values)
     try:
         return train, preset(train.preset, sizes) if train.preset else sizes
@@ -154,10 +157,9 @@ def run(train: TrainConfig, sizes: MoEConfig, several: bool):
     plots.loss_figure(log, uniform(train, data), f"{train.data}, seed {train.seed}", folder / "loss.png")
     load = []
     if model.routers():
-        special = specialisation(model, data)
-        load = special.load
+        load = (special := specialisation(model, data)).load
         title = f"Which expert does what: {train.data}, seed {train.seed}"
-        plots.routing_figure(special.shares, load, special.kinds, sizes.top_k, title, folder / "routing.png")
+        plots.routing_figure(special.shares, load, special.kinds, places(model), title, folder / "routing.png")
     scores = final_scores(model, data)
     checkpoint.write(folder / "scores.json", json.dumps(scores).encode())
     if train.data != "skills":
@@ -287,18 +289,21 @@ def describe(train: TrainConfig, model, data, device, folder) -> str:
     """What is about to run."""
     sizes, length = model.config, data.batch(0, 1)[0].shape[1]
     where = f"{device} ({train.threads} thread{'s' if train.threads > 1 else ''})" if device.type == "cpu" else device
-    layer = f"{sizes.n_experts} experts of width {sizes.d_expert}, top {sizes.top_k}"
+    total, active, varies = model.n_params(), model.n_params(activated=True), getattr(sizes, "router", "") == "top_p"
+    visits = f"top-p {sizes.top_p}" if varies else f"top {sizes.top_k}"
+    layer = f"{sizes.n_experts} experts of width {sizes.d_expert}, {visits}, {train.preset}".removesuffix(", None")
+    sparse = any("experts" in name for name, _ in model.named_parameters())
     rows = [
         ("run", f"{folder}: {train.steps} steps of {train.batch} x {length} tokens on {where}, {train.dtype}"),
-        ("model", f"{sizes.n_layers} layers of width {sizes.d_model}; {layer if model.routers() else 'all dense'}"),
-        ("parameters", f"{model.n_params():,} in all, {model.n_params(activated=True):,} activated for a token"),
+        ("model", f"{sizes.n_layers} layers of width {sizes.d_model}; {layer if sparse else 'all dense'}"),
+        ("parameters", f"{total:,} in all, {active:,} activated for a token{' at most' * varies}"),
     ]
     return cli.table(rows, left=2)
 
 
 def report(train: TrainConfig, model, data, scores, log, load, folder) -> str:
     """What came out: scores, the load of the experts, speed, what was written, what to run next."""
-    E, k = model.config.n_experts, model.config.top_k
+    E, k = model.config.n_experts, 1 if getattr(model.config, "router", "") == "top_p" else model.config.top_k
     notes = {"loss": f"uniform guess: {uniform(train, data):.2f}", "accuracy": "uniform guess: 6.2%"}
     notes |= {"cloze": "chance: 25.0%", "balance_loss": f"1.00 is even, {E / k:.2f} collapsed"}
     rows = [
@@ -306,9 +311,9 @@ def report(train: TrainConfig, model, data, scores, log, load, folder) -> str:
         for name in scores["dev"]
     ]
     lines = [cli.table(rows, header=["held-out", *scores, ""]), ""]
-    for layer, share in enumerate(load):
+    for place, share in zip(places(model), load, strict=True):
         even = f"{share.min() / share.mean():.2f} to {share.max() / share.mean():.2f} of an even share"
-        lines.append(f"load, layer {layer}  {cli.bar_line(share)}  {even}")
+        lines.append(f"load, {place}  {cli.bar_line(share)}  {even}")
     seconds, tokens = log[-1]["seconds"], train.steps * data.batch(0, train.batch)[0].numel()
     hints = {
         "python eval.py remix": "re-mixing beside all that it is compared with (minutes)",

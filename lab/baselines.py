@@ -445,9 +445,10 @@ def arena_of(folder: Path, split: str, most: int | None = None, given: dict | No
 
 
 def main(argv) -> int:
-    """Try the settings of every method on the dev split of some runs: python -m lab.baselines RUN RUN RUN"""
-    arenas, rows = [arena_of(Path(name), "dev") for name in argv], []
-    for name, tries in tqdm(TRIES.items(), desc="methods", leave=False, disable=None):
+    """Try the settings of every method, or of those named, on dev: python -m lab.baselines [NGD] RUN RUN RUN"""
+    arenas, rows = [arena_of(Path(name), "dev") for name in argv if name not in TRIES], []
+    asked = {name: tries for name, tries in TRIES.items() if name in argv} or TRIES
+    for name, tries in tqdm(asked.items(), desc="methods", leave=False, disable=None):
         shares = [np.mean([float(arena.right(METHODS[name](arena, **one))) for arena in arenas]) for one in tries]
         best = int(np.argmax(shares))
         rows.append(

@@ -11,28 +11,28 @@ several processes may share the work. All presets see the same batches: those ar
 import hashlib
 import itertools
 import json
-import math
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
 from cartesian import PRESETS, TOY, build, preset
-from lab import checkpoint, cli, plots, stats
+from lab import checkpoint, cli
 from lab.robust import activated, robustness
+from lab.sharing import sharing
 from lab.tasks import evaluate, load_data
+from lab.verdict import BASE, KIND, show
 from moe import MoEConfig, require
 
-MARGIN = 0.5  # percent of perplexity; "no difference" is an interval inside of it (said before any run was seen)
-SAME = ("steps", "data", "tokenizer")  # runs that differ in these are not compared
-SUMMARY = ("parameters", "activated", "dev", "test", "bits/byte", "gap", "cloze")  # gap: nats, test - training text
-KIND = ("preset", "lr", "norm_topk", "dropout")  # runs alike in these differ in their seed alone
+SAME = ("data", "tokenizer", "device")  # runs that differ in these, or in other settings, are not compared
+SIZES = ("d_model", "n_layers", "context", "vocab_size")  # nor those that differ in these
+FREE = {"preset", "seed", "lr", "steps", "eval_every", *SAME}  # settings that may differ, or are said elsewhere
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Plan:
     lr: Annotated[float, "peak learning rate"] = 3e-3
     norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
     dropout: Annotated[float, "dropout on the embedding and on what each sub-layer adds"] = 0.0
+    device: Annotated[Literal["cpu", "cuda"], "where to train"] = "cpu"
     results: Annotated[str, "the file that gets a line for every run"] = "results/compare.jsonl"
     out: Annotated[str, "where the folders of the runs are"] = "out/compare"
 
@@ -77,11 +78,10 @@ def train(plan: Plan) -> int:
     if plan.data_file is None:
         raise cli.Usage("train needs --data-file PATH")
     text = {"data": "text", **{name: getattr(plan, name) for name in ("data_file", "valid_file", "tokenizer")}}
-    data, alike = load_data(text | {"seed": 0}, TOY["context"]), ("steps", "lr", "norm_topk", "dropout", "tokenizer")
-    same = {"data": fingerprint(data), **{name: getattr(plan, name) for name in alike}}
-    marks = (
-        f"{plan.steps}-lr{plan.lr:g}{'-norm' * plan.norm_topk}-d{plan.dropout:g}-{plan.tokenizer}-{same['data'][:6]}"
-    )
+    data = load_data(text | {"seed": 0}, TOY["context"])
+    same = {name: getattr(plan, name) for name in ("steps", *KIND[1:], *SAME[1:])} | {"data": fingerprint(data)}
+    marks = "-".join(f"{value:g}" if type(value) is float else str(value)[:11] for value in same.values())
+    alike([*read(plan.results), same | {"settings": {"model": {}, "train": {}}}], plan.results)
     with cli.Interrupt() as interrupt:
         for seed, name in itertools.product(plan.each_seed, plan.names):  # pairs are complete early
             run, folder = {"preset": name, "seed": seed, **same}, Path(plan.out, f"{name}-s{seed}-{marks}")
@@ -90,7 +90,7 @@ def train(plan: Plan) -> int:
             try:
                 lock.touch(exist_ok=False)
             except FileExistsError:
-                print(f"{folder}: another process is at it; if none is, delete {lock}")
+                print(f"{folder}: another process is at it; if none is, delete {lock}", flush=True)
                 continue
             try:
                 if not any(run.items() <= line.items() for line in read(plan.results)):
@@ -109,7 +109,7 @@ def fit(folder: Path, run: dict, text: dict, interrupt: cli.Interrupt):
     """Train a run by train_toy.py, from where its folder stands. ValueError if that fails."""
     flags = [f"--resume={folder}"]
     if not (folder / "state.safetensors").exists():
-        given = {name: run[name] for name in ("preset", "seed", "steps", "lr", "dropout")} | text
+        given = {name: run[name] for name in ("preset", "seed", "steps", "lr", "dropout", "device")} | text
         given |= {"out": folder, "eval_every": max(1, run["steps"] // 5)}
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         flags += ["--norm-topk"] * run["norm_topk"]
@@ -127,7 +127,11 @@ def score(folder: Path, data) -> dict:
     line = {"total": model.n_params(), "activated": activated(model, data), "seconds": log[-1]["seconds"]}
     line |= json.loads((folder / "scores.json").read_text(encoding="utf-8"))  # dev and test
     line |= {"train": evaluate(model, data, "train", most=1024), "curve": [[x["step"], x["dev"]["loss"]] for x in log]}
-    line |= {"robustness": robustness(model, data)} if model.routers() else {}
+    if model.routers():
+        line["robustness"] = robustness(model, data)
+        line |= {"sharing": sharing(model, data)} if model.config.layer == "cartesian" else {}
+    seconds = race([BASE, train["preset"]], 11)
+    line["step"] = float(np.median(seconds[:, 1] / seconds[:, 0]))
     paths = ("data_file", "valid_file", "out", "resume")  # of one machine only
     return line | {"settings": settings | {"train": {k: v for k, v in train.items() if k not in paths}}}
 
@@ -153,74 +157,42 @@ def read(path: str) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             lines[number - 1] = found = json.loads(line)
-            missing = {*SAME, *KIND, "seed", "test"} - found.keys()
+            missing = {*SAME, *KIND, "seed", "steps", "test", "settings"} - found.keys()
         except (ValueError, AttributeError):
             missing = "all of JSON"
         require(not missing, f"{path}: line {number} is no run of lab.compare (it lacks {missing}); take it out")
     return lines
 
 
+def alike(lines: list[dict], path: str):
+    """ValueError for runs that cannot be compared, with how they differ."""
+    kinds = {}
+    for line in lines:
+        given = {name: value for name, value in line["settings"]["train"].items() if name not in FREE}
+        given |= {name: value for name, value in line["settings"]["model"].items() if name in SIZES}
+        for name, value in (given | {name: line[name] for name in SAME}).items():
+            kinds.setdefault(name, Counter())[str(value)[:12]] += 1
+    mixed = {name: kind for name, kind in kinds.items() if len(kind) > 1}
+    told = "; ".join(f"{name} {', '.join(f'{x} ({n} runs)' for x, n in kind.items())}" for name, kind in mixed.items())
+    require(not mixed, f"{path} would mix runs that cannot be compared: {told}; name another --results file")
+
+
 def table(plan: Plan) -> int:
-    """Effects against fine_grained in pairs of the same seed, robustness, and figures, from the results file."""
-    lines, kinds, others = read(plan.results), {}, Counter()
-    keys = [tuple(line[name] for name in SAME) for line in lines]
-    main = Counter(key for key in keys if key[0] == plan.steps).most_common(1)
-    require(len(main) > 0, f"{plan.results}: no run has {plan.steps} steps; there are {sorted({k[0] for k in keys})}")
-    for line, key in zip(lines, keys, strict=True):
-        if key == main[0][0]:
-            kinds.setdefault(tuple(line[name] for name in KIND), {})[line["seed"]] = line
-        else:
-            others[" ".join(f"{n} {str(x)[:12]}" for n, x, y in zip(SAME, key, main[0][0], strict=True) if x != y)] += 1
-    scores, effects, points = [], {}, {}
-    for kind, runs in sorted(kinds.items(), key=lambda item: (list(PRESETS).index(item[0][0]), item[0][1:])):
-        name = f"{kind[0]} lr {kind[1]:g}{' norm' * kind[2]}{f' dropout {kind[3]:g}' if kind[3] else ''}"
-        base = max((r for k, r in kinds.items() if k[0] == "fine_grained" and k[3] == kind[3]), key=len, default={})
-        gaps = [line["test"]["loss"] - base[seed]["test"]["loss"] for seed, line in runs.items() if seed in base]
-        verdict = ""
-        if runs is not base and len(gaps) > 1:
-            mean, half = stats.interval(gaps)
-            effects[name] = [100 * math.expm1(gap) for gap in (mean, mean - half, mean + half)]
-            verdict = "{:+.2f}% ({:+.2f} to {:+.2f}): ".format(*effects[name]) + judge(*effects[name][1:])
-        scores.append([name, len(runs), *summary(list(runs.values())), verdict])
-        each = [line["robustness"] for line in runs.values() if "robustness" in line]
-        if each:
-            points[name] = {p: [np.mean([x[p][key] for x in each]) for key in ("mass", "loss")] for p in each[0]}
-    print(cli.table(scores, header=["", "runs", *SUMMARY, "perplexity against fine_grained"]), end="\n\n")
-    shown = [p for p in next(iter(points.values()), {}) if p[0] not in "qn"]
-    rows = [
-        [name, *(f"{math.exp(found[p][1]):.2f}" if p in found else "" for p in shown)] for name, found in points.items()
-    ]
-    print(cli.table(rows, header=["perplexity, disabled:", *shown]))
-    for text, n in others.items():
-        print(f"left out, since they differ: {n} runs with {text}")
-    plots.effects_figure(effects, MARGIN, Path(plan.results).with_name("effects.png"))
-    plots.robustness_figure(points, Path(plan.results).with_name("robustness.png"))
+    """What the results file says of the runs of so many steps, with figures beside it."""
+    lines = read(plan.results)
+    alike(lines, plan.results)
+    steps = sorted({line["steps"] for line in lines})
+    require(plan.steps in steps, f"{plan.results}: no run has {plan.steps} steps; there are runs of {steps or 'none'}")
+    print(show(lines, plan.steps, Path(plan.results).parent))
     return 0
 
 
-def summary(runs: list[dict]) -> list[str]:
-    """The cells below SUMMARY, of runs that differ in their seed alone."""
-    mean = {key: np.mean([run[key]["loss"] for run in runs]) for key in ("train", "dev", "test")}
-    bits, cloze = (np.mean([run["test"].get(key, math.nan) for run in runs]) for key in ("bits_per_byte", "cloze"))
-    cells = [f"{np.mean([run[key] for run in runs]):,.0f}" for key in ("total", "activated")]
-    cells += [f"{math.exp(mean[key]):.3f}" for key in ("dev", "test")]
-    return [*cells, f"{bits:.4f}", f"{mean['test'] - mean['train']:.3f}", f"{cloze:.1%}"]
-
-
-def judge(low: float, high: float) -> str:
-    """What an interval of the effect, in percent of perplexity, allows to say."""
-    if low > 0 or high < 0:
-        return "higher" if low > 0 else "lower"
-    return "no difference" if max(-low, high) < MARGIN else "cannot be told here"
-
-
-def speed(plan: Plan) -> int:
-    """Time a training step of each preset, in turns, so that what slows the machine slows them all."""
-    names = ["fine_grained", *(name for name in plan.names if name != "fine_grained")]
+def race(names: list[str], turns: int):
+    """A training step of each preset, in turns, so that what slows the machine slows them all -> seconds (turns, n)."""
     models = [build(asdict(preset(name, MoEConfig(**TOY)))) for name in names]
     optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in models]
     tokens, targets = torch.randint(TOY["vocab_size"], (2, 8, TOY["context"]))
-    seconds = np.zeros((31, len(names)))
+    seconds = np.zeros((turns + 1, len(names)))
     for turn, row in enumerate(seconds):
         for i in range(len(names))[:: 1 if turn % 2 else -1]:  # so that none always follows the same one
             start = time.perf_counter()
@@ -229,11 +201,17 @@ def speed(plan: Plan) -> int:
             optimizers[i].step()
             optimizers[i].zero_grad()
             row[i] = time.perf_counter() - start
-    ratio = np.quantile(seconds[1:] / seconds[1:, :1], [0.5, 0.25, 0.75], axis=0).T.round(3)  # the first one sets up
-    rows = [
-        (name, f"{ms:.1f}", *each) for name, ms, each in zip(names, 1e3 * np.median(seconds, 0), ratio, strict=True)
-    ]
-    print(cli.table(rows, header=["a training step", "median ms", "/ fine_grained", "quartiles:", ""]))
+    return seconds[1:]  # the first turn sets up
+
+
+def speed(plan: Plan) -> int:
+    """Time a training step of each preset against fine_grained."""
+    names = [BASE, *(name for name in plan.names if name != BASE)]
+    seconds = race(names, 30)
+    ratio = np.quantile(seconds / seconds[:, :1], [0.5, 0.25, 0.75], axis=0).T.round(3)
+    times = (f"{ms:.1f}" for ms in 1e3 * np.median(seconds, 0))
+    rows = [(name, ms, *each) for name, ms, each in zip(names, times, ratio, strict=True)]
+    print(cli.table(rows, header=["a training step", "median ms", f"/ {BASE}", "quartiles:", ""]))
     return 0
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lab import checkpoint, cli, plots, stats
 from lab.baselines import METHODS, Arena, arena_of, plain, wrong_labels
+from lab.tasks import places
 from moe import require
 from remix import ReferenceSet, choose
 
@@ -185,7 +186,8 @@ def contest(folders: list[Path], arenas: list[Arena], names, given: dict, beside
         runs.append(compete(arena, names, given) | ({"larger, dense": rival(other, arena)} if other else {}))
     n, clusters, parts = len(arenas[0].labels), [arena.clusters for arena in arenas], [*map(subsets, arenas)]
     rows = summary(runs, clusters)
-    found = {"runs": [str(folder) for folder in folders], "prompts": n, "rows": rows}
+    found = {"runs": [str(folder) for folder in folders], "seeds": [arena.seed for arena in arenas]}
+    found |= {"prompts": n, "rows": rows}
     found["costs"] = costs(arenas[0].first(64), names, given, n)
     found["subsets"] = {part: summary(runs, clusters, [kept[part] for kept in parts]) for part in parts[0]}
     shown = [name for name in ("kernel regression", "NGD", "soft prompt", "oracle") if name in rows]
@@ -235,7 +237,8 @@ def figures(arena: Arena, found: dict, given: dict, title: str, stem: str) -> li
     title = f"The prompt that NGD helps most (tokens {text}): {shares}"
     panels = {"the model's own": result.pathway_before[best], "after NGD": result.pathway[best]}
     panels |= {f"neighbour {i + 1}": w for i, w in enumerate(near)}
-    plots.pathway_figure({name: w.numpy() for name, w in panels.items()}, title, paths[2])
+    rows = [places(arena.model)[router] for router in arena.tail.routers]
+    plots.pathway_figure({name: w.numpy() for name, w in panels.items()}, rows, title, paths[2])
     return paths
 
 

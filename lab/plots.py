@@ -47,40 +47,51 @@ def preference(shares: np.ndarray) -> np.ndarray:
     return np.lexsort((-shares.max(0), shares.argmax(0)))
 
 
-def routing_figure(shares: np.ndarray, load: np.ndarray, kinds: list[str], top_k: int, title: str, path: Path):
+def panels(n: int, width: float, heights: list[float], **grid):
+    """n panels, four beside each other, each of parts one above the other -> the figure, axes (n, parts)."""
+    columns, rows = min(n, 4), -(-n // 4)
+    size = (width * columns + 0.8, rows * sum(heights))
+    fig, axes = figure(*size, nrows=rows * len(heights), ncols=columns, height_ratios=heights * rows, squeeze=False)
+    axes = axes.reshape(rows, len(heights), columns).swapaxes(1, 2).reshape(-1, len(heights))  # a row a panel
+    for ax in axes[n:].flat:
+        ax.set_visible(False)
+    return fig, axes[:n]
+
+
+def routing_figure(shares: np.ndarray, load: np.ndarray, kinds: list[str], places: list[str], title: str, path: Path):
     """Which expert does what: shares (L, R, E), the share of the tokens of each kind that visit each expert, and above
     it load (L, E), the share of all tokens that do. Experts stand in the order of the kind they prefer."""
-    L, R, E = shares.shape
-    fig, axes = figure(2.9 * L + 0.8, 1.6 + 0.22 * R, nrows=2, ncols=L, height_ratios=[1, 0.22 * R], squeeze=False)
-    for layer in range(L):
-        order, (top, ax) = preference(shares[layer]), axes[:, layer]
-        top.bar(range(E), 100 * load[layer, order], color=BLUE, width=0.8)
-        top.axhline(100 * top_k / E, color=ORANGE, linewidth=1, linestyle="--")
-        top.set(title=f"layer {layer}", xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 115 * max(load.max(), top_k / E)))
-        image = ax.imshow(100 * shares[layer][:, order], cmap="magma_r", vmin=0, vmax=100, aspect="auto")
+    L, R, E = shares.shape  # L routers
+    fig, axes = panels(L, 2.9, [1.1, 0.5 + 0.22 * R])
+    for router, (top, ax) in enumerate(axes):
+        order, first = preference(shares[router]), router % 4 == 0
+        top.bar(range(E), 100 * load[router, order], color=BLUE, width=0.8)
+        top.axhline(100 * load[router].mean(), color=ORANGE, linewidth=1, linestyle="--")
+        top.set(title=places[router], xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 115 * load.max()))
+        image = ax.imshow(100 * shares[router][:, order], cmap="magma_r", vmin=0, vmax=100, aspect="auto")
         ax.set(xticks=range(E), yticks=range(R), xlabel="expert (sorted by what it prefers)")
         ax.set_xticklabels(order, fontsize=6 if E <= 24 else 4)
-        ax.set_yticklabels(kinds if layer == 0 else [])
-    axes[0, 0].set_ylabel("all tokens\n(%)", fontsize=8)
-    fig.colorbar(image, ax=axes[1, :], label="tokens that visit it (%)", pad=0.01)
+        ax.set_yticklabels(kinds if first else [])
+        top.set_ylabel("all tokens\n(%)" if first else "", fontsize=8)
+    fig.colorbar(image, ax=list(axes[:, 1]), label="tokens that visit it (%)", pad=0.01)
     fig.suptitle(title + "   (dashed: even load)", color=INK)
     fig.savefig(path)
 
 
-def together_figure(together: np.ndarray, shares: np.ndarray, title: str, path: Path):
+def together_figure(together: np.ndarray, shares: np.ndarray, places: list[str], title: str, path: Path):
     """Co-activation: together (L, E, E), the share of the tokens of expert i that also visit expert j."""
-    L, E, _ = together.shape
-    fig, axes = figure(2.6 * L + 0.8, 3.1, ncols=L, squeeze=False)
-    for layer in range(L):
-        order, ax = preference(shares[layer]), axes[0, layer]
-        part = 100 * together[layer][np.ix_(order, order)]
+    L, E, _ = together.shape  # L routers
+    fig, axes = panels(L, 2.6, [3.1])
+    for router, (ax,) in enumerate(axes):
+        order = preference(shares[router])
+        part = 100 * together[router][np.ix_(order, order)]
         np.fill_diagonal(part, np.nan)  # an expert is always together with itself
         image = ax.imshow(part, cmap="magma_r", vmin=0, vmax=100 * np.nanmax(together - np.eye(E)))
-        ax.set(title=f"layer {layer}", xticks=range(E), yticks=range(E), xlabel="also visit expert")
+        ax.set(title=places[router], xticks=range(E), yticks=range(E), xlabel="also visit expert")
         ax.set_xticklabels(order, fontsize=5 if E <= 24 else 3)
         ax.set_yticklabels(order, fontsize=5 if E <= 24 else 3)
-    axes[0, 0].set_ylabel("tokens of expert")
-    fig.colorbar(image, ax=axes[0, :], label="share (%)", pad=0.01)
+        ax.set_ylabel("tokens of expert" if router % 4 == 0 else "")
+    fig.colorbar(image, ax=list(axes[:, 0]), label="share (%)", pad=0.01)
     fig.suptitle(title, color=INK)
     fig.savefig(path)
 
@@ -123,17 +134,17 @@ def oracle_figure(steps: list[int], reach: dict[str, list[float]], title: str, p
     fig.savefig(path)
 
 
-def pathway_figure(panels: dict[str, np.ndarray], title: str, path: Path):
-    """Pathways (R, E), layers by experts, side by side."""
+def pathway_figure(panels: dict[str, np.ndarray], rows: list[str], title: str, path: Path):
+    """Pathways (R, E), routers by experts, side by side; of several tokens, one below the other."""
     R, E = next(iter(panels.values())).shape
     fig, axes = figure(1.0 + 2.3 * len(panels), 1.5 + 0.22 * R, ncols=len(panels), squeeze=False)
     for ax, (name, pathway) in zip(axes[0], panels.items(), strict=True):
         image = ax.imshow(
             100 * pathway, cmap="magma_r", vmin=0, vmax=100 * max(w.max() for w in panels.values()), aspect="auto"
         )
-        ax.set(title=name, xlabel="expert", xticks=range(0, E, max(1, E // 8)), yticks=range(R))
+        ax.set(title=name, xlabel="expert", xticks=range(0, E, -(-E // 8)), yticks=range(R))
         ax.title.set_fontsize(9)
-    axes[0, 0].set_ylabel("router (layer)")
+        ax.set_yticklabels(rows * (R // len(rows)) if ax is axes[0, 0] else [])
     fig.colorbar(image, ax=axes[0, :], label="weight (%)", pad=0.01)
     fig.suptitle(title, color=INK, fontsize=10)
     fig.savefig(path)
@@ -179,18 +190,58 @@ def effects_figure(effects: dict[str, list[float]], margin: float, path: Path):
 
 
 def robustness_figure(points: dict[str, dict], path: Path):
-    """Loss against the routing mass that is lost: model -> protocol -> (mass, nats per token)."""
-    fig, ax = figure(7.5, 4.5)
-    marks = {"top-1": "*", "A": "<", "B": ">", "a quarter": "s", "a half": "D", "layer": ".", "all": "v", "noise": "x"}
+    """Perplexity against the share of the routing mass that is lost: model -> protocol -> [mass, perplexity]."""
+    fig, ax = figure(9, 5.5)
+    marks = {"top-1": "*", "rescaled": "P", "A": "<", "B": ">", "a quarter": "s", "a half": "D", "layer": "."}
+    marks |= {"not": "v", "noise": "x"}
     for index, (name, found) in enumerate(points.items()):
-        colour = COLOURS[index % len(COLOURS)]
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if index < len(COLOURS) else "--"}
         line = sorted(found[p] for p in found if p[0] == "q" or p in ("intact", "top-1"))
-        ax.plot(*zip(*line, strict=True), color=colour, linewidth=1, label=name)
-        for protocol, (mass, loss) in found.items():
+        ax.plot(*zip(*line, strict=True), **style, linewidth=1, label=name)
+        for protocol, (mass, perplexity) in found.items():
             mark = marks.get(protocol, marks.get(protocol.split()[0], ""))
-            ax.plot(mass, loss, color=colour, marker=mark, markersize=11 if mark == "*" else 5)
+            size = {"*": 12, ".": 5}.get(mark, 4)
+            fill = "none" if mark in "*D" else "full"  # so that what coincides is seen
+            ax.plot(mass, perplexity, mark, color=style["color"], markersize=size, fillstyle=fill)
     for protocol, mark in marks.items():
-        ax.plot([], [], mark, color=INK, label={"all": "all but the first layer"}.get(protocol, protocol))
-    ax.set(xlabel="share of the routing mass that is lost", ylabel="nats per token", xlim=(-0.01, 1))
-    ax.legend(fontsize=7, frameon=False, ncols=2)
+        told = {"not": "all but the first layer", "top-1": "top-1 everywhere (the paper)", "layer": "one layer"}
+        told |= {"A": "A only", "B": "B only", "a quarter": "a quarter of a token's experts", "a half": "a half"}
+        told |= {"rescaled": "top-1, the others rescaled", "noise": "noise on the logits"}
+        ax.plot([], [], mark, color=INK, markersize=5, label=told[protocol])
+    ax.set(yscale="log", xlabel="share of the routing mass that is lost", ylabel="perplexity", xlim=(-0.01, None))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.tick_params(which="minor", labelsize=6)
+    ax.set_title("Lines: each token's first choice is disabled with probability 0 to 1", fontsize=9, color=INK)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
+    fig.savefig(path)
+
+
+def sharing_figure(rows: list[dict], title: str, path: Path):
+    """Which composed experts are visited, how that differs from the product of the margins, and how alike they are; a
+    row of `lab.sharing.sharing` for each layer."""
+    fig, axes = panels(len(rows), 2.7, [2.5, 2.5, 1.9])
+    top = max(np.max(row["use"]) for row in rows)
+    for (first, second, third), row in zip(axes, rows, strict=True):
+        use = np.array(row["use"])  # (E, E)
+        product = use.sum(1, keepdims=True) * use.sum(0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.log2(use / product)
+        shade = first.imshow(100 * use, cmap="magma_r", vmin=0, vmax=100 * top)
+        ratios = second.imshow(np.nan_to_num(ratio, neginf=-3), cmap="PuOr_r", vmin=-3, vmax=3)
+        more = row["information"] - row["shuffled"]
+        first.set(title=f"layer {row['layer']}", xlabel="expert of B", ylabel="expert of A")
+        second.set(xlabel="expert of B", ylabel="expert of A")
+        second.set_title(f"information {more:.2f} of {row['most']:.2f} nats", fontsize=8, color=INK)
+        for place, (name, (visited, every)) in enumerate(row["alike"].items()):
+            third.bar(place, visited or 0, color=GREY if name == "share neither" else BLUE, width=0.7)
+            third.plot(place, every, "o", color=ORANGE, markersize=4)
+        third.set(xticks=range(len(row["alike"])), ylim=(min(0, third.get_ylim()[0]), 1.05), ylabel="mean cosine")
+        third.set_xticklabels(
+            [name.replace(", ", ",\n").replace("share ", "share\n") for name in row["alike"]], fontsize=6
+        )
+    fig.colorbar(shade, ax=list(axes[:, 0]), label="visits (%)", pad=0.01)
+    fig.colorbar(ratios, ax=list(axes[:, 1]), label="log2 of use / product\nof the margins", pad=0.01)
+    note = "bars: outputs of composed experts that the token visits; dots: of all"
+    fig.suptitle(f"{title}\n{note}", color=INK, fontsize=10)
     fig.savefig(path)

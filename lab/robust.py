@@ -7,21 +7,23 @@ import numpy as np
 import torch
 
 from cartesian import TopPRouter
+from lab import cli
 from lab.tasks import evaluate, passes
 from moe import MoE, Router, require
 
 
 @contextmanager
 def disturbed(routers: list[Router], change):
-    """As long as it lasts, these routers choose by change(probs) instead of probs (N, E). Yields a list that gets, for
-    each pass through one of them, two shares that are lost: of the experts that it would choose, and of their mass."""
+    """As long as it lasts, these routers choose by change(probs, k) instead of probs (N, E); k (N, 1): how many experts
+    a token would visit. Yields a list that gets, for each pass through one of them, two shares that are lost: of the
+    experts that it would choose, and of their mass."""
     lost = []
 
     def disturb(select):
         def choose(probs):
-            found = select(change(probs))
-            true, left = (torch.zeros_like(probs).scatter(1, e, 1.0) for e in (select(probs)[1], found[1]))  # (N, E)
-            gone = true * (1 - left)
+            true = chosen(probs, *select(probs))  # (N, E)
+            found = select(change(probs, true.sum(1, keepdim=True)))
+            gone = true * (1 - chosen(probs, *found))
             lost.append([(gone.sum() / true.sum()).item(), ((gone * probs).sum() / (true * probs).sum()).item()])
             return found
 
@@ -36,14 +38,22 @@ def disturbed(routers: list[Router], change):
             del router.select  # the method of its class is back
 
 
-def without_top(n: float):
-    """Disables the n experts of the highest probability, for each token; 1.25: one, and for a quarter of them two."""
+def chosen(probs, weights, experts):
+    """What a router selected, weights and experts (N, K) -> (N, E): 1 where a token goes, at a weight above 0."""
+    return torch.zeros_like(probs).scatter_add(1, experts, (weights > 0).to(probs)).clamp(max=1)
+
+
+def without(n: float = 0.0, share: float = 0.0, rescaled=False):
+    """Disables each token's n + share * k most probable experts; 1.25: one, and for a quarter of the tokens two.
+    rescaled: the probabilities of the others grow to a sum of 1, as if disabled before the softmax."""
     generator = torch.Generator().manual_seed(0)
 
-    def change(probs):
-        count = int(n) + (torch.rand(len(probs), 1, generator=generator) < n - int(n)).to(probs.device)  # (N, 1)
+    def change(probs, k):
+        number = n + share * k.cpu()  # (N, 1)
+        number = number.floor() + (torch.rand(number.shape, generator=generator) < number % 1)
         rank = probs.argsort(1, descending=True).argsort(1)  # (N, E)
-        return probs.masked_fill(rank < count, 0.0)
+        left = probs.masked_fill(rank < number.to(probs), 0.0)
+        return left / left.sum(1, keepdim=True) if rescaled else left
 
     return change
 
@@ -51,14 +61,15 @@ def without_top(n: float):
 def noise(std: float):
     """Adds normal noise to the logits of a router."""
     generator = torch.Generator().manual_seed(0)
-    return lambda probs: (probs.log() + std * torch.randn(probs.shape, generator=generator).to(probs)).softmax(-1)
+    return lambda probs, k: (probs.log() + std * torch.randn(probs.shape, generator=generator).to(probs)).softmax(-1)
 
 
 def protocols(model) -> dict:
     """Name -> (routers, change). ValueError for a model without routers, or whose routers choose all experts.
 
-    top-1 is the paper's (Table 4): each token's first choice is disabled at every router, and the next k are taken; A
-    and B: at one of the two routers of a block. A quarter, a half: so many of the k chosen experts, whatever k is.
+    top-1 is the paper's (Table 4): each token's first choice is disabled at every router, and the next k are taken. We
+    leave the others their probabilities; "rescaled" is the other reading. A, B: only at that router of each block.
+    A quarter, a half: so many of the experts that a token visits, whatever k is. q: top-1 with this probability.
     """
     layers = [[module for module in block.modules() if isinstance(module, Router)] for block in model.blocks]
     layers = {i: routers for i, routers in enumerate(layers) if routers}
@@ -67,15 +78,14 @@ def protocols(model) -> dict:
     k, first = every[0].top_k, min(layers)
     varies = isinstance(every[0], TopPRouter)
     require(k < E or varies, f"each token visits all {E} experts: none is left to take the place of a disabled one")
-    found = {"intact": ([], None), "top-1": (every, without_top(1))}
+    found = {"intact": ([], None), "top-1": (every, without(1)), "rescaled": (every, without(1, rescaled=True))}
     if len(every) > len(layers):
-        found |= {name: ([routers[i] for routers in layers.values()], without_top(1)) for i, name in enumerate("AB")}
-    if k + k / 2 <= E:
-        found |= {"a quarter": (every, without_top(k / 4)), "a half": (every, without_top(k / 2))}
-    found |= {f"layer {i}": (routers, without_top(1)) for i, routers in layers.items()}
-    rest = [router for router in every if router not in layers[first]]
-    found |= {f"all but layer {first}": (rest, without_top(1))}
-    found |= {f"q = {q}": (every, without_top(q)) for q in (0.25, 0.5, 0.75)}
+        found |= {name: ([routers[i] for routers in layers.values()], without(1)) for i, name in enumerate("AB")}
+    if k + k / 2 <= E or varies:
+        found |= {"a quarter": (every, without(share=1 / 4)), "a half": (every, without(share=1 / 2))}
+    found |= {f"layer {i}": (routers, without(1)) for i, routers in layers.items()}
+    found |= {f"not {first}": ([router for router in every if router not in layers[first]], without(1))}
+    found |= {f"q = {q}": (every, without(q)) for q in (0.25, 0.5, 0.75)}
     return found | {f"noise {std}": (every, noise(std)) for std in (0.25, 0.5, 1.0, 2.0)}
 
 
@@ -89,6 +99,15 @@ def robustness(model, data, split: str = "test", most: int | None = 128) -> dict
         experts, mass = part * np.mean(lost, axis=0) if lost else (0.0, 0.0)
         rows[name] = {"loss": loss, "perplexity": math.exp(loss), "experts": float(experts), "mass": float(mass)}
     return rows
+
+
+def robustness_table(rows: dict[str, dict]) -> str:
+    """A line for each protocol."""
+    lines = [
+        (name, f"{row['perplexity']:.2f}", *(f"{row[share]:.1%}" for share in ("experts", "mass")))
+        for name, row in rows.items()
+    ]
+    return cli.table(lines, header=["disabled", "perplexity", "experts lost", "routing mass lost"])
 
 
 def activated(model, data) -> float:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from data import SKILLS, SkillsTask, TextData, tinystories
+from moe import Router
 
 CHUNK = 8_192  # tokens in one forward pass of an evaluation
 
@@ -59,6 +60,13 @@ def evaluate(model, data, split: str, most: int | None = 256) -> dict:
         scores = {"loss": nats / count, "perplexity": math.exp(nats / count)}
         scores["bits_per_byte"] = nats / math.log(2) / n_bytes
     return scores | ({"balance_loss": balance / count} if model.routers() else {})
+
+
+def places(model) -> list[str]:
+    """Where each router stands: "layer 2", or "layer 2 A" and "layer 2 B" where a block has two."""
+    blocks = [[module for module in block.modules() if isinstance(module, Router)] for block in model.blocks]
+    letters = [("",) if len(routers) == 1 else (" A", " B")[: len(routers)] for routers in blocks]
+    return [f"layer {i}{letter}" for i, each in enumerate(letters) for letter in each]
 
 
 class Specialisation(NamedTuple):

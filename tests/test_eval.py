@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 
 import eval as eval_py
 import train_toy
+from cartesian import CartesianConfig, CartesianTransformer, counts
 from data import END, TextData
 from lab import checkpoint, cli
 from lab.stats import interval, share_interval
-from lab.tasks import accuracy, choose, cloze, evaluate, most_frequent, specialisation
+from lab.tasks import accuracy, choose, cloze, evaluate, most_frequent, places, specialisation
 from moe import MoEConfig, MoETransformer
 
 SMALL = "--no-remix --steps 2 --batch 2 --eval-every 2 "
@@ -87,6 +89,30 @@ def test_routing_counts_every_visit(capsys):
     text = capsys.readouterr().out
     assert "layer 1" in text and "takes most of" in text
     assert (folder / "together.png").stat().st_size > 10_000 and (folder / "routing-dev.json").exists()
+
+
+def test_routers_have_places():
+    """Layers are counted as blocks, the dense ones too; a block with two routers has A and B."""
+    assert places(MoETransformer(MoEConfig(n_layers=3, dense_layers=(0,)))) == ["layer 1", "layer 2"]
+    two = CartesianTransformer(CartesianConfig(n_layers=2, dense_layers=(0,)))
+    assert places(two) == ["layer 1 A", "layer 1 B"] and len(two.routers()) == 2
+
+
+def test_two_routers_in_reports(capsys):
+    """A Cartesian run: A and B in its report and tables; robustness and sharing, refused where they have no answer; on
+    the skills task its size is the default's."""
+    two = "--steps 1 --batch 2 --preset cartesian --n-layers 2 --d-model 32 --n-experts 4 --d-expert 32 --d-shared 32"
+    assert call(train_toy.main, "train_toy.py", f"{two} --data-file tales.txt --context 32 --out out/c") == 0
+    for command in ("routing", "robustness", "sharing"):
+        assert call(eval_py.main, "eval.py", f"{command} out/c") == 0 and Path(f"out/c/{command}-dev.json").exists()
+    text = capsys.readouterr().out
+    assert text.count("layer 1 B") == 3 and "noise 0.5" in text and "share neither" in text
+    assert counts(train_toy.fresh({"preset": "cartesian"})[1])[0] == pytest.approx(
+        MoETransformer(MoEConfig()).n_params(), rel=0.01
+    )
+    assert call(train_toy.main, "train_toy.py", f"{SMALL} --out out/moe") == 0
+    assert call(eval_py.main, "eval.py", "sharing out/moe") == 1
+    assert "composes no experts" in capsys.readouterr().err
 
 
 def test_sample_streams_what_generate_returns(capsys):

@@ -1,0 +1,133 @@
+"""What the runs of lab/compare.py say: effects in pairs of the same seed, the declared test, robustness, sharing."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cartesian import PRESETS
+from lab import cli, plots, stats
+from lab.sharing import sharing_table
+
+BASE, MARGIN = "fine_grained", 0.5  # percent of perplexity: an interval inside of +-0.5 is "no difference"
+TEST = f"""\
+Declared before any run: cartesian has a lower test perplexity than {BASE}, each with its best settings on dev; 13 pairs
+of 2500 steps, paired t-test, two-sided; "no difference" only where the 95 % interval is inside +-{MARGIN} %."""
+KIND = ("preset", "lr", "norm_topk", "dropout")  # runs alike in these differ in their seed alone
+SHOWN = ("runs", "parameters", "activated", "step", "dev", "test", "bits/byte", "gap", "cloze")
+LEGEND = f"step: a training step's time / {BASE}'s; gap: nats, test - training text; (95 % interval of the pairs)"
+
+
+class Effect(NamedTuple):
+    """How much higher one perplexity is than another, in percent, from n pairs of the same seed."""
+
+    middle: float
+    low: float  # the ends of its 95 % interval
+    high: float
+    p: float  # of the paired t-test, two-sided
+    n: int
+
+
+def show(lines: list[dict], steps: int, folder: Path) -> str:
+    """The report on the runs of so many steps; figures go to the folder."""
+    kinds = grouped(lines, steps)
+    effects = {name: effect(runs, most(kinds, BASE, first(runs)["dropout"])[1]) for name, runs in kinds.items()}
+    rows = [[name, *summary([*runs.values()]), say(effects[name])] for name, runs in kinds.items()]
+    texts = [cli.table(rows, header=[f"{steps} steps", *SHOWN, f"perplexity against {BASE}"]), LEGEND, "", TEST]
+    for n in sorted({line["steps"] for line in lines}):  # more or fewer steps show the trend; they are no test
+        (a, ours), (b, theirs) = (most(grouped(lines, n), name) for name in ("cartesian", BASE))
+        found = effect(ours, theirs)
+        p = f" (p = {found.p:.2g}, {found.n} pairs)" if found and found.n > 1 else ""
+        texts.append(f"  {n} steps, {a} against {b}: {say(found) or 'no pairs'}{p}")
+    texts += ["", *robust(kinds, folder)]
+    for name, runs in kinds.items():
+        shared = [run["sharing"] for run in runs.values() if "sharing" in run]
+        texts += [f"\n{name}: mean of {len(shared)} runs", sharing_table(mean(shared))] if shared else []
+        if shared and name == most(kinds, "cartesian")[0]:
+            plots.sharing_figure(shared[0], f"Composed experts: {name}, one run", folder / "sharing.png")
+    drawn = {name: found[:3] for name, found in effects.items() if found and found.n > 1}
+    plots.effects_figure(drawn, MARGIN, folder / "effects.png")
+    return "\n".join(texts)
+
+
+def grouped(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
+    """The runs of so many steps: kind -> seed -> run, in the order of PRESETS."""
+    kinds = {}
+    for line in sorted(lines, key=lambda line: (list(PRESETS).index(line["preset"]), *(line[x] for x in KIND[1:]))):
+        norm, dropout = " norm" * line["norm_topk"], f" dropout {line['dropout']:g}" if line["dropout"] else ""
+        if line["steps"] == steps:
+            kinds.setdefault(f"{line['preset']} lr {line['lr']:g}{norm}{dropout}", {})[line["seed"]] = line
+    return kinds
+
+
+def first(runs: dict[int, dict]) -> dict:
+    """One of the runs of a kind, for what they have in common."""
+    return next(iter(runs.values()))
+
+
+def most(kinds: dict[str, dict], preset: str, dropout: float = 0.0):
+    """Of the kinds of a preset the one with the most seeds -> (its name, its runs), or ("none", {})."""
+    known = [k for k in kinds.items() if (first(k[1])["preset"], first(k[1])["dropout"]) == (preset, dropout)]
+    return max(known, key=lambda kind: len(kind[1]), default=("none", {}))
+
+
+def effect(runs: dict, base: dict, loss=lambda run: run["test"]["loss"]) -> Effect | None:
+    """The effect of one kind against another; None where they have no seed in common, or are one."""
+    seeds = [] if runs is base else sorted(runs.keys() & base.keys())
+    a, b = ([loss(part[seed]) for seed in seeds] for part in (runs, base))
+    if len(seeds) < 2:
+        return Effect(100 * math.expm1(a[0] - b[0]), -math.inf, math.inf, 1.0, 1) if seeds else None
+    mean, half = stats.interval(np.subtract(a, b))
+    return Effect(*(100 * math.expm1(x) for x in (mean, mean - half, mean + half)), stats.paired(a, b), len(seeds))
+
+
+def say(found: Effect | None) -> str:
+    """What an effect allows to say."""
+    if found is None or found.n < 2:
+        return f"{found.middle:+.2f} %, one pair" if found else ""
+    small = max(-found.low, found.high) < MARGIN
+    verdict = "higher" if found.low > 0 else "lower" if found.high < 0 else ""
+    verdict += ", inside the margin" if verdict and small else ""
+    verdict = verdict or ("no difference" if small else "cannot be told here")
+    return f"{found.middle:+.2f} % ({found.low:+.2f} to {found.high:+.2f}): {verdict}"
+
+
+def mean(parts: list):
+    """The mean of things of one form, number by number."""
+    if isinstance(parts[0], dict):
+        return {key: mean([part[key] for part in parts]) for key in parts[0]}
+    if isinstance(parts[0], list):
+        return [mean([*each]) for each in zip(*parts, strict=True)]
+    return None if parts[0] is None else float(np.mean(parts))
+
+
+def summary(runs: list[dict]) -> list:
+    """The cells below SHOWN, of the runs of a kind. Perplexities are geometric means."""
+    found = mean([{key: run[key] for key in ("total", "activated", "step", "train", "dev", "test")} for run in runs])
+    loss, cloze = {key: found[key]["loss"] for key in ("train", "dev", "test")}, found["test"].get("cloze")
+    cells = [f"{found['total']:,.0f}", f"{found['activated']:,.0f}", f"{found['step']:.2f}"]
+    cells += [f"{math.exp(loss['dev']):.3f}", f"{math.exp(loss['test']):.3f}", f"{found['test']['bits_per_byte']:.4f}"]
+    return [len(runs), *cells, f"{loss['test'] - loss['train']:.3f}", "-" if cloze is None else f"{cloze:.1%}"]
+
+
+def robust(kinds: dict[str, dict], folder: Path) -> list[str]:
+    """Two tables, cartesian against BASE with a row for each protocol, and all kinds; and the figure."""
+    found = {name: mean([run["robustness"] for run in runs.values()])
+             for name, runs in kinds.items() if "robustness" in first(runs)}  # fmt: skip
+    plots.robustness_figure(
+        {name: {p: [row["mass"], math.exp(row["loss"])] for p, row in rows.items()} for name, rows in found.items()},
+        folder / "robustness.png",
+    )
+    (a, ours), (b, theirs) = (most(kinds, name) for name in ("cartesian", BASE))
+    lines = []
+    for protocol in found.get(a, {}):
+        cells = [found.get(name, {}).get(protocol) for name in (b, a)]
+        cells = [f"{math.exp(cell['loss']):.2f} ({cell['mass']:.0%})" if cell else "" for cell in cells]
+        gap = effect(ours, theirs, lambda run, p=protocol: run["robustness"][p]["loss"]) if all(cells) else None
+        lines.append([protocol, *cells, say(gap)])
+    columns = [p for p in max(found.values(), key=len, default={}) if not p.startswith(("q", "noise", "layer"))]
+    rows = [[name, *(f"{math.exp(each[p]['loss']):.2f}" if p in each else "" for p in columns)]
+            for name, each in found.items()]  # fmt: skip
+    heads = ["disabled: perplexity (mass lost)", b, a, "effect"]
+    return [cli.table(lines, header=heads), "", cli.table(rows, header=["perplexity, disabled:", *columns])]

@@ -158,6 +158,8 @@ def remix_task(folders, split, methods, most, strict, ablate, beside, out, **giv
     for name in names:
         if name not in METHODS:
             raise cli.Usage(f"unknown method {name!r}{cli.nearest(name, METHODS)} (there are: {', '.join(METHODS)})")
+    if most is not None and most < 1:
+        raise cli.Usage(f"--most is {most}; expected at least 1 prompt")
     if beside and len(beside) != len(folders):
         raise cli.Usage(f"--beside names {len(beside)} runs for {len(folders)}; expected one for each, of its seed")
     cli.build(RemixConfig, given)

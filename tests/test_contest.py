@@ -157,8 +157,9 @@ def test_commands(tmp_path, monkeypatch, capsys):
     assert call(eval_py.main, "eval.py", "remix --layers last:9") == 1
     assert call(eval_py.main, "eval.py", "remix --kernel gausian") == 2
     assert call(eval_py.main, "eval.py", "remix --beside out/a out/a") == 2
+    assert call(eval_py.main, "eval.py", "remix --most 0") == 2
     errors = capsys.readouterr().err.strip().splitlines()
-    assert len(errors) == 4 and "did you mean NGD?" in errors[0]
+    assert len(errors) == 5 and "did you mean NGD?" in errors[0]
 
 
 def test_choose():

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data import Prompts, SkillsTask
 from lab import checkpoint, cli
-from lab.tasks import cloze, load_data
+from lab.tasks import Question, cloze, load_data
 from moe import Cache, Router, require
 from remix import (
     Neighbours,
@@ -432,16 +432,20 @@ def arena_of(folder: Path, split: str, most: int | None = None, given: dict | No
     require(len(prompts) > 19, f"{folder}: only {len(prompts)} stories of {split} end with a word of one token")
     kept = torch.randperm(len(prompts), generator=draw)[:most].sort().values
     prompts = [prompts[i] for i in kept]
-    choices = torch.tensor([question.choices for question in known])
-    labels = [question.choices[question.answer] for question in known]
-    references = ReferenceSet.build(model, [question.prompt for question in known], labels, choices)
-    tokens, lengths = padded([question.prompt for question in prompts], data.vocab_size)
-    labels = torch.tensor([question.choices[question.answer] for question in prompts])
-    options, config = (
-        torch.tensor([q.choices for q in prompts]),
-        RemixConfig(**{"embedding": "tfidf", "loss": "options"} | given),
-    )
+    references = ReferenceSet.build(model, *posed(known))
+    config = RemixConfig(**{"embedding": "tfidf", "loss": "options"} | given)
+    asked, labels, options = posed(prompts)
+    tokens, lengths = padded(asked, data.vocab_size)
     return Arena(model, tokens, labels, references, config, lengths, options, tuned=STORIES, seed=seed)
+
+
+def posed(questions: list[Question]):
+    """Questions as what a reference set and an arena take: the prompts, the labels (n,), the options (n, O); where one
+    has fewer choices than another, its first is there again."""
+    most = max(len(question.choices) for question in questions)
+    options = torch.tensor([q.choices + q.choices[:1] * (most - len(q.choices)) for q in questions])
+    labels = torch.tensor([question.choices[question.answer] for question in questions])
+    return [question.prompt for question in questions], labels, options
 
 
 def main(argv) -> int:

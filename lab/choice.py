@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import hf
 from lab import checkpoint, cli
-from lab.baselines import Arena
+from lab.baselines import Arena, posed
 from lab.benchmarks import TASKS, Item, read_items
 from lab.contest import LEGEND, Outcome, compete, main_table, summary
 from lab.stats import share_interval
@@ -236,16 +236,15 @@ def remixed(model, tokenizer, items: list[Item], shots, c: ChoiceConfig, changes
     if made.exists():
         references = ReferenceSet.load(made, model)
     else:
-        rest = [question.choices[question.answer] for question in solved], options(solved)
-        references = ReferenceSet.build(model, [question.prompt for question in solved], *rest, token=config.token)
+        references = ReferenceSet.build(model, *posed(solved), token=config.token)
         references.save(made)
     names = [SURROGATES[name] for name in c.method.split(",")]
     for start in tqdm(range(0, len(asked), BLOCK), unit_scale=BLOCK, unit="question", desc="re-mixing", disable=None):
         part = asked[start : start + BLOCK]
         if start not in answers:
-            tokens, lengths = padded([question.prompt for question in part], model.config.vocab_size)
-            labels = torch.tensor([question.choices[question.answer] for question in part])
-            arena = Arena(model, tokens, labels, references, config, lengths, options(part))
+            prompts, labels, options = posed(part)
+            tokens, lengths = padded(prompts, model.config.vocab_size)
+            arena = Arena(model, tokens, labels, references, config, lengths, options)
             rows = compete(arena, names, {"layers": config.layers})
             answers[start] = {name: [*(part.tolist() for part in row[:3]), row.seconds] for name, row in rows.items()}
             with open(path, "a", encoding="utf-8") as file:
@@ -259,9 +258,3 @@ def remixed(model, tokenizer, items: list[Item], shots, c: ChoiceConfig, changes
     print(f"{c.task}, {len(asked)} questions; {len(known):,} references, {correct:,} answered right; {given}\n")
     print(main_table(summary([rows], [np.arange(len(asked))]), {}), LEGEND, f"wrote {path} and {made}", sep="\n\n")
     return 0
-
-
-def options(asked: list[Question]) -> torch.Tensor:
-    """The letters of each question as tokens (n, O); where they are fewer than elsewhere, the first is there again."""
-    most = max(len(question.choices) for question in asked)
-    return torch.tensor([q.choices + q.choices[:1] * (most - len(q.choices)) for q in asked])

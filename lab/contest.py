@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from lab import checkpoint, cli, plots, stats
 from lab.baselines import METHODS, Arena, arena_of, plain, wrong_labels
+from lab.cost import counted
 from lab.tasks import places
 from moe import require
 from remix import ReferenceSet, choose
@@ -115,17 +115,9 @@ def costs(arena: Arena, names, given: dict, n: int) -> dict[str, float]:
     """The floating-point operations of each method, everything included, as a multiple of the base forward's. Where a
     method trains the weights, these are shared by n samples."""
 
-    def grouped(x, weight, *args, **kwargs):
-        return 2 * x[0] * weight[-2] * weight[-1]  # x (M, I), weight (E, I, O); torch counts all else by itself
-
-    def count(run):
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped}) as counter:
-            run()
-        return counter.get_total_flops()
-
-    base, found = count(lambda: plain(arena, arena.model)), {"base": 1.0}
+    base, found = counted(lambda: plain(arena, arena.model)), {"base": 1.0}
     for name in tqdm(names, leave=False, disable=None, desc="operations"):
-        found[name] = count(lambda name=name: METHODS[name](arena, **settings(arena, name, given))) / base
+        found[name] = counted(lambda name=name: METHODS[name](arena, **settings(arena, name, given))) / base
         if name in ("router tuning", "router tuning, RoMA", "full fine-tuning"):
             found[name] = 1 + (found[name] - 1) * len(arena.labels) / n
     return found

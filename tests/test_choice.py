@@ -2,16 +2,16 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_eval import call
 
 import eval as eval_py
 import hf
 from data import SkillsTask
-from lab import choice, cli
+from lab import choice
 from lab.benchmarks import TASKS, Item, read_items
 from lab.tasks import choose
 from moe import MoEConfig, MoETransformer
@@ -98,10 +98,7 @@ def rows(n):
 
 def run(line, code=0):
     """eval.py as a program."""
-    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["eval.py", *line.split()])
-        cli.run(eval_py.main)
-    assert stop.value.code == code
+    assert call(eval_py.main, "eval.py", line) == code
 
 
 @pytest.mark.parametrize("shots", [0, 2])
@@ -179,9 +176,8 @@ def test_remixing_a_checkpoint(folder, tmp_path, capsys, monkeypatch):
     path.write_bytes(b"".join(kept[:2]) + kept[2][:9])  # as if it had been stopped within a line
     monkeypatch.setattr(choice.ReferenceSet, "build", None)
     run(line)
-    numbers = [
-        [re.sub(r" +[0-9.]+ *$", "", one) for one in text.splitlines()] for text in (said, capsys.readouterr().out)
-    ]
+    reports = (said, capsys.readouterr().out)
+    numbers = [[re.sub(r" +(ms|-+|[0-9.]+) *$", "", one).split() for one in text.splitlines()] for text in reports]
     assert numbers[0] == numbers[1]  # but for the time
 
 

@@ -3,18 +3,18 @@
 import copy
 import functools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_eval import call
 from test_moe import tiny
 
 import eval as eval_py
 import train_toy
-from lab import cli, cost, stats
+from lab import cost, stats
 from lab.baselines import METHODS, Arena, fine_tuning, plain, wrong_labels
 from lab.contest import Outcome, summary
 from remix import ReferenceSet, RemixConfig, choose, padded
@@ -132,14 +132,6 @@ def test_formula_is_what_the_profiler_counts():
     assert found == pytest.approx([rows[1], rows[2] * (T - 1) / T, rows[3]], rel=0.05) and apart < 1e-12
     olmoe = [*cost.formula(cost.OLMOE, 100, 5, 3, 10).values()]
     assert olmoe[:3] == pytest.approx([0.18, 0.25, 3.0], abs=0.015) and 35 < olmoe[3] < 45
-
-
-def call(main, name, line):
-    """A script with these flags, as a program -> its exit code."""
-    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *line.split()])
-        cli.run(main)
-    return stop.value.code
 
 
 def test_commands(tmp_path, monkeypatch, capsys):

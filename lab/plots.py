@@ -1,4 +1,4 @@
-"""Figures: one function each, no computation but layout."""
+"""Figures: one function each, no computation but layout; each returns its figure, and writes it to a path if given."""
 
 from pathlib import Path
 
@@ -19,7 +19,14 @@ def figure(width, height, **grid):
     return fig, axes
 
 
-def loss_figure(log: list[dict], floor: float, name: str, path: Path):
+def keep(fig, path: Path | None):
+    """The figure, written to a file where a path is given."""
+    if path:
+        fig.savefig(path)
+    return fig
+
+
+def loss_figure(log: list[dict], floor: float, name: str, path: Path | None = None):
     """Training loss, held-out loss and held-out accuracy over the steps; `floor` is the loss of a uniform guess."""
     steps, dev = [line["step"] for line in log], [line["dev"] for line in log]
     scored = "accuracy" in dev[0]
@@ -39,7 +46,7 @@ def loss_figure(log: list[dict], floor: float, name: str, path: Path):
             ax.plot(steps, [100 * d[key] for d in dev], color=colour, marker="o", markersize=3, label=label)
         ax.set(title="Accuracy on held-out prompts (dev)", xlabel="step", ylabel="accuracy (%)", ylim=(0, 100))
         ax.legend(fontsize=7, frameon=False)
-    fig.savefig(path)
+    return keep(fig, path)
 
 
 def preference(shares: np.ndarray) -> np.ndarray:
@@ -58,7 +65,9 @@ def panels(n: int, width: float, heights: list[float], **grid):
     return fig, axes[:n]
 
 
-def routing_figure(shares: np.ndarray, load: np.ndarray, kinds: list[str], places: list[str], title: str, path: Path):
+def routing_figure(
+    shares: np.ndarray, load: np.ndarray, kinds: list[str], places: list[str], title: str, path: Path | None = None
+):
     """Which expert does what: shares (L, R, E), the share of the tokens of each kind that visit each expert, and above
     it load (L, E), the share of all tokens that do. Experts stand in the order of the kind they prefer."""
     L, R, E = shares.shape  # L routers
@@ -75,10 +84,10 @@ def routing_figure(shares: np.ndarray, load: np.ndarray, kinds: list[str], place
         top.set_ylabel("all tokens\n(%)" if first else "", fontsize=8)
     fig.colorbar(image, ax=list(axes[:, 1]), label="tokens that visit it (%)", pad=0.01)
     fig.suptitle(title + "   (dashed: even load)", color=INK)
-    fig.savefig(path)
+    return keep(fig, path)
 
 
-def together_figure(together: np.ndarray, shares: np.ndarray, places: list[str], title: str, path: Path):
+def together_figure(together: np.ndarray, shares: np.ndarray, places: list[str], title: str, path: Path | None = None):
     """Co-activation: together (L, E, E), the share of the tokens of expert i that also visit expert j."""
     L, E, _ = together.shape  # L routers
     fig, axes = panels(L, 2.6, [3.1])
@@ -93,10 +102,10 @@ def together_figure(together: np.ndarray, shares: np.ndarray, places: list[str],
         ax.set_ylabel("tokens of expert" if router % 4 == 0 else "")
     fig.colorbar(image, ax=list(axes[:, 0]), label="share (%)", pad=0.01)
     fig.suptitle(title, color=INK)
-    fig.savefig(path)
+    return keep(fig, path)
 
 
-def methods_figure(rows: dict[str, dict], title: str, path: Path):
+def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
     """Accuracy by method as points with the interval of their gain, base as a line; the null stands apart."""
     names = [name for name in rows if name != "oracle's null"]
     fig, ax = figure(7.5, 1.2 + 0.27 * len(names))
@@ -117,10 +126,10 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path):
     )
     ax.set(yticks=list(places), yticklabels=names, xlabel="accuracy (%), with the 95 % interval of the gain over base")
     fig.suptitle(title, color=INK, fontsize=10)
-    fig.savefig(path)
+    return keep(fig, path)
 
 
-def oracle_figure(steps: list[int], reach: dict[str, list[float]], title: str, path: Path):
+def oracle_figure(steps: list[int], reach: dict[str, list[float]], title: str, path: Path | None = None):
     """How many samples an optimiser leads to its target, the right label or a wrong one, by its number of steps."""
     fig, ax = figure(5.5, 3.2)
     for (name, shares), colour in zip(reach.items(), (ORANGE, BLUE), strict=True):
@@ -131,10 +140,10 @@ def oracle_figure(steps: list[int], reach: dict[str, list[float]], title: str, p
     ax.set(xlabel="steps of gradient descent", ylabel="prompts that get there (%)", ylim=(0, 102), xticks=steps)
     ax.set_title(title, color=INK, fontsize=10)
     ax.legend(fontsize=8, frameon=False, loc="center right")
-    fig.savefig(path)
+    return keep(fig, path)
 
 
-def pathway_figure(panels: dict[str, np.ndarray], rows: list[str], title: str, path: Path):
+def pathway_figure(panels: dict[str, np.ndarray], rows: list[str], title: str, path: Path | None = None):
     """Pathways (R, E), routers by experts, side by side; of several tokens, one below the other."""
     R, E = next(iter(panels.values())).shape
     fig, axes = figure(1.0 + 2.3 * len(panels), 1.5 + 0.22 * R, ncols=len(panels), squeeze=False)
@@ -147,10 +156,10 @@ def pathway_figure(panels: dict[str, np.ndarray], rows: list[str], title: str, p
         ax.set_yticklabels(rows * (R // len(rows)) if ax is axes[0, 0] else [])
     fig.colorbar(image, ax=axes[0, :], label="weight (%)", pad=0.01)
     fig.suptitle(title, color=INK, fontsize=10)
-    fig.savefig(path)
+    return keep(fig, path)
 
 
-def sweeps_figure(found: dict[str, dict], title: str, path: Path):
+def sweeps_figure(found: dict[str, dict], title: str, path: Path | None = None):
     """The gain of NGD with one setting varied at a time, a panel each, with 95 % intervals."""
     columns = 4
     fig, axes = figure(
@@ -172,10 +181,10 @@ def sweeps_figure(found: dict[str, dict], title: str, path: Path):
     for ax in axes[:, 0]:
         ax.set_ylabel("gain over base (points)", fontsize=8)
     fig.suptitle(title, color=INK)
-    fig.savefig(path)
+    return keep(fig, path)
 
 
-def effects_figure(effects: dict[str, list[float]], margin: float, path: Path):
+def effects_figure(effects: dict[str, list[float]], margin: float, path: Path | None = None):
     """Effects in percent, with their intervals: name -> [mean, low, high]; grey: within the margin, no difference."""
     fig, ax = figure(6.5, 1.2 + 0.28 * len(effects))
     ax.axvspan(-margin, margin, color=GREY, alpha=0.25, linewidth=0)
@@ -186,10 +195,10 @@ def effects_figure(effects: dict[str, list[float]], margin: float, path: Path):
     ax.set(yticks=range(len(effects)), xlabel="test perplexity against fine_grained (%), mean of pairs, 95 % interval")
     ax.set_yticklabels(effects)
     ax.invert_yaxis()
-    fig.savefig(path)
+    return keep(fig, path)
 
 
-def robustness_figure(points: dict[str, dict], path: Path):
+def robustness_figure(points: dict[str, dict], path: Path | None = None):
     """Perplexity against the share of the routing mass that is lost: model -> protocol -> [mass, perplexity]."""
     fig, ax = figure(9, 5.5)
     marks = {"top-1": "*", "rescaled": "P", "A": "<", "B": ">", "a quarter": "s", "a half": "D", "layer": "."}
@@ -214,10 +223,10 @@ def robustness_figure(points: dict[str, dict], path: Path):
     ax.tick_params(which="minor", labelsize=6)
     ax.set_title("Lines: each token's first choice is disabled with probability 0 to 1", fontsize=9, color=INK)
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
-    fig.savefig(path)
+    return keep(fig, path)
 
 
-def sharing_figure(rows: list[dict], title: str, path: Path):
+def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
     """Which composed experts are visited, how that differs from the product of the margins, and how alike they are; a
     row of `lab.sharing.sharing` for each layer."""
     fig, axes = panels(len(rows), 2.7, [2.5, 2.5, 1.9])
@@ -244,4 +253,4 @@ def sharing_figure(rows: list[dict], title: str, path: Path):
     fig.colorbar(ratios, ax=list(axes[:, 1]), label="log2 of use / product\nof the margins", pad=0.01)
     note = "bars: outputs of composed experts that the token visits; dots: of all"
     fig.suptitle(f"{title}\n{note}", color=INK, fontsize=10)
-    fig.savefig(path)
+    return keep(fig, path)

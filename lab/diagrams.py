@@ -2,7 +2,7 @@
 
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from lab.plots import BLUE, GREY, INK, ORANGE, figure
+from lab.plots import GREY, INK, figure
 
 
 def canvas(width: float, height: float, title: str = ""):

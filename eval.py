@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data import SkillsTask
 from lab import checkpoint, choice, cli, plots
 from lab.baselines import METHODS, arena_of
-from lab.contest import contest, figures, sweep_table, sweeps
+from lab.contest import contest, figures, report, sweep_table, sweeps
 from lab.robust import robustness, robustness_table
 from lab.sharing import sharing, sharing_table
 from lab.stats import share_interval
@@ -111,9 +111,9 @@ def routing(folder, model, data, split) -> int:
     does, together = f"Which expert does what: {title}", f"Experts that work together: {title}"
     plots.routing_figure(common.shares, common.load, common.kinds, names, does, figures[0])
     plots.together_figure(common.together, common.shares, names, together, figures[1])
-    numbers = {name: value.tolist() for name, value in special._asdict().items() if name != "kinds"}
+    numbers = {name: value.round(4).tolist() for name, value in special._asdict().items() if name != "kinds"}
     print(f"wrote {figures[0]} and {figures[1]}", end="")
-    return save(folder, f"routing-{split}", {"kinds": special.kinds, **numbers})
+    return save(folder, f"routing-{split}", {"places": names, "kinds": special.kinds, **numbers})
 
 
 def sample(folder, model, data, split, prompt, tokens, temperature, seed) -> int:
@@ -177,9 +177,9 @@ def remix_task(folders, split, methods, most, strict, ablate, beside, out, **giv
         plots.sweeps_figure(found, f"NGD with one setting varied at a time ({title})", out / f"{name}-ablation.png")
         print(f"\nwrote {out / name}-ablation.png", end="")
         return save(out, f"{name}-ablation", found)
-    text, found = contest(folders, arenas, names, given, beside)
-    print(text)
-    paths = figures(arenas[0], found, given, title, str(out / name))
+    found = contest(folders, arenas, names, given, beside, title)
+    print(report(found))
+    paths = figures(found, str(out / name))
     print("\nwrote", ", ".join(map(str, paths)), end="")
     return save(out, name, found)
 

@@ -39,6 +39,7 @@ SWEEPS = {  # one setting of NGD at a time: what is shown -> changes
     ],
     "references": [{"references": v} for v in (20, 50, 100, 250, 500, 1000, 2000, 6656)],
 }
+SHOWN = ("kernel regression", "NGD", "soft prompt", "oracle")  # on parts of the samples
 LEGEND = """\
 gain: over base; fixed of the wrong, broken of the right; gap closed: gain / the oracle's; rerouted: prompts that visit
 other experts; ms: for a prompt; cost: in forward passes of base; accuracy of the null: its wrong label is reached"""
@@ -149,15 +150,16 @@ def subsets(arena: Arena) -> dict[str, np.ndarray]:
     return {name: part.numpy() for name, part in parts.items()}
 
 
-def subset_table(inside: dict[str, dict], parts: list[dict], shown) -> str:
+def subset_table(inside: dict[str, dict], sizes: dict[str, float]) -> str:
     """Gains on parts of the samples."""
     lines = []
     for part, rows in inside.items():
-        size = np.mean([kept[part].mean() for kept in parts])
-        for name in ("base", *(name for name in shown if name in rows)):
+        for name in ("base", *(name for name in SHOWN if name in rows)):
             row = rows[name]
             gain = ["", ""] if name == "base" else [f"{row['gain']:+.1%}", f"{row['low']:+.1%} to {row['high']:+.1%}"]
-            lines.append([f"{part} ({size:.0%})" if name == "base" else "", name, f"{row['accuracy']:.1%}", *gain])
+            lines.append(
+                [f"{part} ({sizes[part]:.0%})" if name == "base" else "", name, f"{row['accuracy']:.1%}", *gain]
+            )
     return cli.table(lines, header=["on a part of the prompts", "", "accuracy", "gain", "95 % interval"], left=2)
 
 
@@ -171,34 +173,44 @@ def errors(rows: list[Outcome], arenas: list[Arena]) -> list[float]:
     return [float(share) for share in np.mean(shares, 0)]
 
 
-def contest(folders: list[Path], arenas: list[Arena], names, given: dict, beside: list[Path]) -> tuple[str, dict]:
-    """All methods on all runs -> the report, and its numbers."""
+def contest(folders: list[Path], arenas: list[Arena], names, given: dict, beside: list[Path], title: str) -> dict:
+    """All methods on all runs -> all that `report` tells and `figures` draws."""
     runs = []
     for arena, other in tqdm([*itertools.zip_longest(arenas, beside)], desc="runs", leave=False, disable=None):
         runs.append(compete(arena, names, given) | ({"larger, dense": rival(other, arena)} if other else {}))
     n, clusters, parts = len(arenas[0].labels), [arena.clusters for arena in arenas], [*map(subsets, arenas)]
     rows = summary(runs, clusters)
-    found = {"runs": [str(folder) for folder in folders], "seeds": [arena.seed for arena in arenas]}
+    found = {"title": title, "runs": [folder.name for folder in folders], "seeds": [arena.seed for arena in arenas]}
     found |= {"prompts": n, "rows": rows}
     found["costs"] = costs(arenas[0].first(64), names, given, n)
     found["subsets"] = {part: summary(runs, clusters, [kept[part] for kept in parts]) for part in parts[0]}
-    shown = [name for name in ("kernel regression", "NGD", "soft prompt", "oracle") if name in rows]
+    found["sizes"] = {part: float(np.mean([kept[part].mean() for kept in parts])) for part in parts[0]}
     near = [arena.neighbours for arena in arenas]
-    lost, alone = sum(each.duplicates for each in near), sum(int((each.index[:, 0] < 0).sum()) for each in near)
-    kept = (
-        f", NGD had {np.mean([run['NGD'].hits for run in runs]):.0%} of its prefixes in memory" if "NGD" in rows else ""
-    )
-    chosen = f"neighbours: {lost:,} near-duplicates dropped, {alone:,} prompts with nobody (base is kept){kept}"
-    texts = [main_table(rows, found["costs"]), LEGEND, chosen, subset_table(found["subsets"], parts, shown)]
+    found["duplicates"] = sum(each.duplicates for each in near)
+    found["alone"] = sum(int((each.index[:, 0] < 0).sum()) for each in near)
+    if "NGD" in rows:
+        found["hits"] = float(np.mean([run["NGD"].hits for run in runs]))
     if arenas[0].about is not None:
-        found["errors"] = {name: errors([run[name] for run in runs], arenas) for name in ("base", *shown)}
-        lines = [[name, *(f"{share:.1%}" for share in shares)] for name, shares in found["errors"].items()]
-        texts.append(cli.table(lines, header=["where the two readings differ", "right", "the other", "neither"]))
+        shown = ("base", *(name for name in SHOWN if name in rows))
+        found["errors"] = {name: errors([run[name] for run in runs], arenas) for name in shown}
     if len(runs) > 2 and "NGD" in rows:
         found["p"] = {name: stats.paired(rows["NGD"]["each"], rows[name]["each"]) for name in TESTS if name in rows}
+    return found | {"reach": reach(arenas[0], given), "example": example(arenas[0], given)}
+
+
+def report(found: dict) -> str:
+    """What a contest found, as text."""
+    kept = f", NGD had {found['hits']:.0%} of its prefixes in memory" if "hits" in found else ""
+    near = f"{found['duplicates']:,} near-duplicates dropped, {found['alone']:,} prompts with nobody (base is kept)"
+    texts = [main_table(found["rows"], found["costs"]), LEGEND, f"neighbours: {near}{kept}"]
+    texts.append(subset_table(found["subsets"], found["sizes"]))
+    if "errors" in found:
+        lines = [[name, *(f"{share:.1%}" for share in shares)] for name, shares in found["errors"].items()]
+        texts.append(cli.table(lines, header=["where the two readings differ", "right", "the other", "neither"]))
+    if "p" in found:
         tests = "; ".join(f"NGD against {name} p = {p:.2g}" for name, p in found["p"].items())
-        texts.append(f"paired t-tests over {len(runs)} seeds, two-sided: {tests}")
-    return "\n\n".join(texts), found
+        texts.append(f"paired t-tests over {len(found['runs'])} seeds, two-sided: {tests}")
+    return "\n\n".join(texts)
 
 
 def taste(folder: Path, most: int = 200) -> str:
@@ -211,26 +223,40 @@ def taste(folder: Path, most: int = 200) -> str:
     return f"re-mixing its experts, {len(arena.labels)} test prompts:\n\n{main_table(rows, {})}"
 
 
-def figures(arena: Arena, found: dict, given: dict, title: str, stem: str) -> list[Path]:
-    """Accuracy by method; the oracle against its null; a pathway before and after."""
-    paths = [Path(f"{stem}{part}.png") for part in ("", "-oracle", "-pathway")]
-    plots.methods_figure(found["rows"], f"Accuracy by method: {title}", paths[0])
-    steps, reach = [0, 1, 2, 3, 5, 10], {}
+def reach(arena: Arena, given: dict) -> dict[str, list[float]]:
+    """How many samples so many steps lead to their target: the right label (the oracle), a wrong one (its null)."""
+    found = {"steps": [0, 1, 2, 3, 5, 10]}
     for name, target in {"oracle": arena.labels, "oracle's null": wrong_labels(arena)}.items():
-        tries = (METHODS[name](arena, **settings(arena, name, given) | {"steps": step}) for step in steps)
-        reach[name] = [float((choose(result.logits, arena.options) == target).float().mean()) for result in tries]
-    plots.oracle_figure(steps, reach, f"Where ten steps lead: {title.split(',')[-1].strip()}, one seed", paths[1])
+        tries = (METHODS[name](arena, **settings(arena, name, given) | {"steps": step}) for step in found["steps"])
+        found[name] = [float((choose(result.logits, arena.options) == target).float().mean()) for result in tries]
+    return found
+
+
+def example(arena: Arena, given: dict) -> dict:
+    """The prompt that NGD helps most: its tokens, the right answer's probability before and after, and pathways."""
     result = arena.remix(method="ngd", **settings(arena, "NGD", given))
     right = [part.softmax(-1).gather(1, arena.labels[:, None])[:, 0] for part in (result.logits_before, result.logits)]
     best = int((right[1] - right[0]).argmax())
     near = arena.tail.pathways(arena.references)[result.neighbours.index[best]]  # (k, R, E)
-    text = " ".join(map(str, arena.tokens[best, -4:].tolist()))
-    shares = f"P(right answer) goes from {right[0][best]:.0%} to {right[1][best]:.0%}"
-    title = f"The prompt that NGD helps most (tokens {text}): {shares}"
     panels = {"the model's own": result.pathway_before[best], "after NGD": result.pathway[best]}
     panels |= {f"neighbour {i + 1}": w for i, w in enumerate(near)}
-    rows = [places(arena.model)[router] for router in arena.tail.routers]
-    plots.pathway_figure({name: w.numpy() for name, w in panels.items()}, rows, title, paths[2])
+    found = {"tokens": arena.tokens[best, -4:].tolist(), "right": [float(part[best]) for part in right]}
+    found["rows"] = [places(arena.model)[router] for router in arena.tail.routers]
+    return found | {"panels": {name: w.double().numpy().round(4).tolist() for name, w in panels.items()}}
+
+
+def figures(found: dict, stem: str) -> list[Path]:
+    """Accuracy by method; the oracle against its null; a pathway before and after."""
+    paths, title = [Path(f"{stem}{part}.png") for part in ("", "-oracle", "-pathway")], found["title"]
+    plots.methods_figure(found["rows"], f"Accuracy by method: {title}", paths[0])
+    way, last = dict(found["reach"]), found["example"]
+    plots.oracle_figure(
+        way.pop("steps"), way, f"Where ten steps lead: {title.split(',')[-1].strip()}, one seed", paths[1]
+    )
+    shares = "P(right answer) goes from {:.0%} to {:.0%}".format(*last["right"])
+    text = f"The prompt that NGD helps most (tokens {' '.join(map(str, last['tokens']))}): {shares}"
+    panels = {name: np.array(w) for name, w in [*last["panels"].items()][:3]}  # of the neighbours the nearest
+    plots.pathway_figure(panels, last["rows"], text, paths[2])
     return paths
 
 

@@ -55,8 +55,8 @@ def preference(shares: np.ndarray) -> np.ndarray:
 
 
 def panels(n: int, width: float, heights: list[float], **grid):
-    """n panels, four beside each other, each of parts one above the other -> the figure, axes (n, parts)."""
-    columns, rows = min(n, 4), -(-n // 4)
+    """n panels, two beside each other, each of parts one above the other -> the figure, axes (n, parts)."""
+    columns, rows = min(n, 2), -(-n // 2)
     size = (width * columns + 0.8, rows * sum(heights))
     fig, axes = figure(*size, nrows=rows * len(heights), ncols=columns, height_ratios=heights * rows, squeeze=False)
     axes = axes.reshape(rows, len(heights), columns).swapaxes(1, 2).reshape(-1, len(heights))  # a row a panel
@@ -73,7 +73,7 @@ def routing_figure(
     L, R, E = shares.shape  # L routers
     fig, axes = panels(L, 2.9, [1.1, 0.5 + 0.22 * R])
     for router, (top, ax) in enumerate(axes):
-        order, first = preference(shares[router]), router % 4 == 0
+        order, first = preference(shares[router]), router % 2 == 0
         top.bar(range(E), 100 * load[router, order], color=BLUE, width=0.8)
         top.axhline(100 * load[router].mean(), color=ORANGE, linewidth=1, linestyle="--")
         top.set(title=places[router], xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 115 * load.max()))
@@ -99,7 +99,7 @@ def together_figure(together: np.ndarray, shares: np.ndarray, places: list[str],
         ax.set(title=places[router], xticks=range(E), yticks=range(E), xlabel="also visit expert")
         ax.set_xticklabels(order, fontsize=5 if E <= 24 else 3)
         ax.set_yticklabels(order, fontsize=5 if E <= 24 else 3)
-        ax.set_ylabel("tokens of expert" if router % 4 == 0 else "")
+        ax.set_ylabel("tokens of expert" if router % 2 == 0 else "")
     fig.colorbar(image, ax=list(axes[:, 0]), label="share (%)", pad=0.01)
     fig.suptitle(title, color=INK)
     return keep(fig, path)
@@ -161,9 +161,9 @@ def pathway_figure(panels: dict[str, np.ndarray], rows: list[str], title: str, p
 
 def sweeps_figure(found: dict[str, dict], title: str, path: Path | None = None):
     """The gain of NGD with one setting varied at a time, a panel each, with 95 % intervals."""
-    columns = 4
+    columns = 3
     fig, axes = figure(
-        12.5, 2.9 * -(-len(found) // columns), nrows=-(-len(found) // columns), ncols=columns, sharey=True
+        9.5, 2.7 * -(-len(found) // columns), nrows=-(-len(found) // columns), ncols=columns, sharey=True
     )
     for ax in axes.flat[len(found) :]:
         ax.set_visible(False)

@@ -32,9 +32,7 @@ class Effect(NamedTuple):
 def show(lines: list[dict], steps: int, folder: Path) -> str:
     """The report on the runs of so many steps; figures go to the folder."""
     kinds = grouped(lines, steps)
-    effects = {name: effect(runs, most(kinds, BASE, first(runs)["dropout"])[1]) for name, runs in kinds.items()}
-    rows = [[name, *summary([*runs.values()]), say(effects[name])] for name, runs in kinds.items()]
-    texts = [cli.table(rows, header=[f"{steps} steps", *SHOWN, f"perplexity against {BASE}"]), LEGEND, "", TEST]
+    texts = [overview(kinds, steps), LEGEND, "", TEST]
     for n in sorted({line["steps"] for line in lines}):  # more or fewer steps show the trend; they are no test
         (a, ours), (b, theirs) = (most(grouped(lines, n), name) for name in ("cartesian", BASE))
         found = effect(ours, theirs)
@@ -46,9 +44,16 @@ def show(lines: list[dict], steps: int, folder: Path) -> str:
         texts += [f"\n{name}: mean of {len(shared)} runs", sharing_table(mean(shared))] if shared else []
         if shared and name == most(kinds, "cartesian")[0]:
             plots.sharing_figure(shared[0], f"Composed experts: {name}, one run", folder / "sharing.png")
-    drawn = {name: found[:3] for name, found in effects.items() if found and found.n > 1}
+    drawn = {name: found[:3] for name, found in effects(kinds).items() if found and found.n > 1}
     plots.effects_figure(drawn, MARGIN, folder / "effects.png")
     return "\n".join(texts)
+
+
+def overview(kinds: dict[str, dict], steps: int) -> str:
+    """A line for each kind of run."""
+    found = effects(kinds)
+    rows = [[name, *summary([*runs.values()]), say(found[name])] for name, runs in kinds.items()]
+    return cli.table(rows, header=[f"{steps} steps", *SHOWN, f"perplexity against {BASE}"])
 
 
 def grouped(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
@@ -80,6 +85,11 @@ def effect(runs: dict, base: dict, loss=lambda run: run["test"]["loss"]) -> Effe
         return Effect(100 * math.expm1(a[0] - b[0]), -math.inf, math.inf, 1.0, 1) if seeds else None
     mean, half = stats.interval(np.subtract(a, b))
     return Effect(*(100 * math.expm1(x) for x in (mean, mean - half, mean + half)), stats.paired(a, b), len(seeds))
+
+
+def effects(kinds: dict[str, dict]) -> dict[str, Effect | None]:
+    """The effect of each kind against BASE with the same dropout."""
+    return {name: effect(runs, most(kinds, BASE, first(runs)["dropout"])[1]) for name, runs in kinds.items()}
 
 
 def say(found: Effect | None) -> str:

@@ -16,8 +16,8 @@ BUDGETS = {
     "hf.py": 300,
     "train_toy.py": 310,
     "eval.py": 350,
-    "lab": 2_370,
-    "tests": 2_700,
+    "lab": 2_900,
+    "tests": 2_850,
 }
 # What a module may import of the project's own.
 ALLOWED = {"moe": set(), "data": {"moe"}, "cartesian": {"moe"}, "remix": {"moe"}, "hf": {"moe"}}
@@ -52,12 +52,12 @@ def test_imports_run_one_way(name, allowed):
 
 
 def test_readme_shows_what_is_there():
-    """The README names every module, and the MoE layer that it prints is the one in moe.py, to the letter."""
-    readme, moe = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / "moe.py").read_text(encoding="utf-8")
+    """The README names every module, and prints the layers of moe.py and cartesian.py to the letter."""
+    readme, *models = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "moe.py", "cartesian.py"))
     modules = [*ROOT.glob("*.py"), *(ROOT / "lab").glob("*.py"), *(ROOT / "tests").glob("test_*.py")]
     assert [path.name for path in modules if path.name not in readme and path.name != "__init__.py"] == []
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert blocks and all(block.strip() in moe for block in blocks)
+    assert blocks and all(any(block.strip() in model for model in models) for block in blocks)
 
 
 def test_readme_counts_lines():

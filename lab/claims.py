@@ -1,0 +1,107 @@
+"""The claims of both papers, and what came out here: one table, its numbers from results/."""
+
+import json
+import math
+from pathlib import Path
+
+from lab.compare import read
+from lab.verdict import BASE, effect, grouped, most, say
+
+RESULTS = Path(__file__).parent.parent / "results"
+REMIX, SETTING = "`eval.py remix`", "`eval.py remix --ablate`"
+COMPARE, NULL = "`lab.compare`", "oracle's null"
+HEAD = "| claim | published | here, with 95 % interval | verdict | command |\n|---|---|---|---|---|"
+
+
+def claims() -> str:
+    """The table, in markdown."""
+    rows = [*remixing(*(json.loads((RESULTS / f"remix-skills-{name}.json").read_text(encoding="utf-8"))
+                        for name in ("test", "dev-ablation")))]  # fmt: skip
+    rows += cartesian(grouped(read(str(RESULTS / "compare.jsonl")), 2500))
+    return "\n".join([HEAD, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def gain(row: dict, sign: str = "+") -> str:
+    """A gain in points, with its interval."""
+    return f"{100 * row['gain']:{sign}.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+
+
+def remixing(found: dict, tried: dict):
+    """C3PO's claims (arXiv 2504.07964; OLMoE-1B-7B, means over six benchmarks) on the skills task."""
+    rows, one = found["rows"], {key: row["accuracy"] for key, row in found["rows"].items()}
+    percent = {name: f"{100 * share:.1f}" for name, share in one.items()}
+    p = {name: "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}" for name, value in found["p"].items()}
+
+    def swept(what: str, **names: str) -> str:
+        return ", ".join(f"{shown.replace('_', ' ')} {gain(tried[what][name])}" for shown, name in names.items())
+
+    first = f"{percent['base']} → {percent['NGD']}: {gain(rows['NGD'])}, {p['base']}"
+    yield "C3PO: NGD beats the model as it is", "69.9 → 79.2", first, "**holds here**", REMIX
+    both = f"{gain(rows['mode finding'])} and {gain(rows['kernel regression'])}"
+    yield "so do mode finding and kernel regression", "72.4 and 76.9", both, "no gain seen", REMIX
+    best = f"{percent['NGD']} against {percent['kernel regression']}, {p['kernel regression']}"
+    yield "NGD is the best of the three", "79.2 against 76.9", best, "**holds here**", REMIX
+    yield "it beats in-context learning", "73.7", gain(rows["in-context"]), "points that way", REMIX
+    tuned = f"{gain(rows['prefix tuning'])} and {gain(rows['soft prompt'])}"
+    yield "it beats prefix tuning and soft prompts", "71.3 and 72.2", tuned, "points the other way", REMIX
+    top = f"{percent['oracle']}: {gain(rows['oracle'])}; its null {percent[NULL]}"
+    yield "there is more to win (the oracle)", "85.2", top, "points that way", REMIX
+    broken = f"{100 * rows['NGD']['broken']:.1f} % broken, {100 * rows['NGD']['fixed']:.1f} % of the wrong fixed"
+    yield "few right answers are broken", "5.1 % (ARC-C)", broken, "much the same", REMIX
+    dense = f"{percent['NGD']} against {percent['larger, dense']}, dense with 3.5 times the activated parameters"
+    yield "a re-mixed MoE beats larger dense models", "1-3B against 7-9B", dense, "points that way", REMIX
+    layers = swept("critical layers", all="all", last_2_of_4="last:2", last="last:1")
+    yield (
+        "the last layers are the best choice",
+        "last 5 of 16: 79.2, all: 77.7",
+        layers,
+        "points the other way",
+        SETTING,
+    )
+    core = swept("core experts", **{"6_of_16": "6", "all": "16"})
+    yield "some core experts are as good as all", "20 of 64: the same", core, "cannot be told here", SETTING
+    steps = swept("steps", **{n: n for n in ("3", "10", "50")})
+    yield "ten steps are enough", "3: 74.2, 10: 79.2, 50: 79.2", steps, "points that way", SETTING
+    near = swept("neighbours", **{n: n for n in ("1", "3", "5", "16")})
+    yield "three neighbours are best", "1: 75.3, 3: 79.2, 5: 77.7", near, "cannot be told here", SETTING
+    kernels = swept("kernel", linear="linear", Matern="matern", Gaussian="gaussian")
+    yield "the Gaussian kernel is best", "70.0, 76.3 and 79.2", kernels, "no difference seen", SETTING
+    tokens = swept("token", **{name: name for name in ("last", "middle", "first", "all")})
+    yield (
+        "the last token is the one to re-mix",
+        "last 79.2, middle 71.4, first 74.5",
+        tokens,
+        "points that way",
+        SETTING,
+    )
+
+
+def cartesian(kinds: dict[str, dict]):
+    """CartesianMoE's claims (arXiv 2410.16077; Pile, 100B tokens, base and large) on TinyStories."""
+
+    def against(a: str, b: str, protocol: str | None = None) -> list[str]:
+        """The effect of a preset against another one, in percent of perplexity, and what it allows to say."""
+        loss = (lambda run: run["robustness"][protocol]["loss"]) if protocol else (lambda run: run["test"]["loss"])
+        found = effect(most(kinds, a)[1], most(kinds, b)[1], loss)
+        text, _, verdict = say(found).partition(": ")
+        return [f"{text}, {found.n} seeds" if found else "not run", verdict or "not run"]
+
+    def level(name: str, protocol: str) -> str:
+        """A preset's mean perplexity under a protocol of robustness."""
+        losses = [run["robustness"][protocol]["loss"] for run in most(kinds, name)[1].values()]
+        return f"{math.exp(sum(losses) / len(losses)):.1f}" if losses else "not run"
+
+    theirs = {"smoe_share": 7.37, "smoe_top3": 7.40, "hash": 7.47, "top_p": 7.41}
+    ours, verdict = against("cartesian", BASE)
+    yield "CartesianMoE: lower perplexity than fine-grained", "7.33 → 7.19: -1.9 %", ours, f"**{verdict}**", COMPARE
+    for name, published in theirs.items():
+        yield f"and than {name}", f"{published:.2f} → 7.19", *against("cartesian", name), COMPARE
+    yield "a MoE beats dense of its activated size", "8.55 → 7.33", *against(BASE, "dense"), COMPARE
+    yield "so does Cartesian", "8.55 → 7.19", *against("cartesian", "dense"), COMPARE
+    yield "its shared expert helps", "6.15 → 6.08", *against("cartesian", "cartesian_no_shared"), COMPARE
+    lost = {"top-1": "first choices disabled: far less is lost"}
+    lost |= {part: f"the same, where {part} of a token's experts is lost in both" for part in ("a quarter", "a half")}
+    for protocol, told in lost.items():
+        share, verdict = against("cartesian", BASE, protocol)
+        both = f"{level(BASE, protocol)} → {level('cartesian', protocol)}: {share}"
+        yield told, "3095 → 27.7" if protocol == "top-1" else "-", both, verdict, COMPARE

@@ -1,0 +1,83 @@
+"""What the pages show, from results/ alone: python -m lab.readme
+
+Fills every `<!-- results: NAME -->` ... `<!-- end -->` of README.md and docs/*.md, and draws their figures, docs/*.png.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lab import cli, plots
+from lab.claims import RESULTS, claims
+from lab.compare import read
+from lab.contest import figures, main_table, report, sweep_table
+from lab.verdict import grouped, overview, show
+from moe import require
+
+ROOT = RESULTS.parent
+PAGE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def main(argv=None) -> int:
+    """Fill the pages and draw the figures -> the exit code."""
+    cli.Parser("lab.readme", description=__doc__).parse(argv)
+    folder = ROOT / "docs"
+    draw(folder)
+    for path, text in pages(folder).items():
+        path.write_text(text, encoding="utf-8")
+        print(f"filled {path.name}")
+    print(f"drew {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
+    return 0
+
+
+def found(name: str):
+    """What a command wrote to results/."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def blocks(folder: Path) -> dict:
+    """Name -> a function that says what stands in that place; figures of the comparison go to the folder."""
+    texts = {path.stem: lambda path=path: path.read_text(encoding="utf-8") for path in RESULTS.glob("*.txt")}
+    texts |= {
+        "remix": lambda: report(found("remix-skills-test")),
+        "remix-strict": lambda: main_table(*(found("remix-skills-test-strict")[key] for key in ("rows", "costs"))),
+        "remix-stories": lambda: main_table(*(found("remix-stories-test")[key] for key in ("rows", "costs"))),
+        "ablation": lambda: sweep_table(found("remix-skills-dev-ablation")),
+        "compare": lambda: show(read(f"{RESULTS}/compare.jsonl"), 2500, folder),
+        "sweep": lambda: overview(grouped(read(f"{RESULTS}/sweep.jsonl"), 800), 800),
+    }
+    return {name: lambda text=text: f"```text\n{text().strip()}\n```\n" for name, text in texts.items()} | {
+        "claims": claims
+    }
+
+
+def pages(folder: Path) -> dict[Path, str]:
+    """Every page, filled. ValueError: a place whose name nobody knows."""
+    known = blocks(folder)
+
+    def fill(match):
+        require(match[2] in known, f"no results are called {match[2]!r}; there are {', '.join(known)}")
+        return match[1] + known[match[2]]() + match[3]
+
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return {path: PAGE.sub(fill, path.read_text(encoding="utf-8")) for path in paths}
+
+
+def draw(folder: Path):
+    """Every figure that `pages` does not draw."""
+    figures(found("remix-skills-test"), f"{folder}/remix")
+    title = "NGD with one setting varied at a time (3 seeds, dev)"
+    plots.sweeps_figure(found("remix-skills-dev-ablation"), title, folder / "ablation.png")
+    for name in ("skills", "stories"):
+        special = {key: np.array(value) for key, value in found(f"routing-{name}").items()}
+        shares, load, kinds, places = (special[key] for key in ("shares", "load", "kinds", "places"))
+        title = f"Which expert does what: {name}, one seed"
+        plots.routing_figure(
+            shares[:, :12], load, list(kinds[:12]), list(places), title, folder / f"routing-{name}.png"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

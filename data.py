@@ -56,6 +56,9 @@ class SkillsTask:
     reference prompts always show it, so that their label is a function of the prompt. A model thus knows every skill
     and both readings of every cue, but is unsure which to use. The cells (cue, a, b) are split, whatever the dialect:
     no operands of a cue stand in two splits.
+
+    >>> {split: len(SkillsTask(0).prompts(split).labels) for split in SkillsTask.splits}
+    {'train': 13312, 'reference': 6656, 'dev': 666, 'test': 998}
     """
 
     N, CUES, CLEAR, DIALECTS = 16, 26, 10, 4  # numbers, cues, how many of them are clear, dialects

@@ -322,7 +322,13 @@ class Output(NamedTuple):
 
 
 class MoETransformer(nn.Module):
-    """The decoder: forward = head(run(embed(tokens)))."""
+    """The decoder: forward = head(run(embed(tokens))).
+
+    >>> model = MoETransformer(MoEConfig(vocab_size=50, n_experts=8, top_k=2))
+    >>> out = model(torch.randint(50, (3, 7)))
+    >>> out.logits.shape, out.routing[0].experts.shape  # (B, T, V); (B*T, K) of the first router
+    (torch.Size([3, 7, 50]), torch.Size([21, 2]))
+    """
 
     def __init__(self, config: MoEConfig):
         super().__init__()

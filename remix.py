@@ -90,7 +90,12 @@ def one_of(what: str, name: str, known):
 
 def critical_layers(model, spec: str) -> list[int]:
     """The blocks that a pathway covers, counted among those with a router: "all", "last:2", "first:1", "middle:2" or
-    "0,3" (paper, section 3.5). ValueError for a spec that names no such layer, and for a model without routers."""
+    "0,3" (paper, section 3.5). ValueError for a spec that names no such layer, and for a model without routers.
+
+    >>> from moe import MoEConfig, MoETransformer
+    >>> critical_layers(MoETransformer(MoEConfig(n_layers=6, dense_layers=(0, 2, 4))), "last:2")  # MoE: 1, 3, 5
+    [3, 5]
+    """
     blocks = [i for i, block in enumerate(model.blocks) if any(isinstance(m, Router) for m in block.modules())]
     require(len(blocks) > 0, "this model has no routers (it is dense, or routes by hash): there is nothing to re-mix")
     kind, _, count = spec.partition(":")
@@ -467,7 +472,11 @@ class Core(NamedTuple):
 
 
 def core_experts(pathway, n: int | None = None) -> Core:
-    """The n most probable experts of each row of a pathway (n, R, E), or all of them (paper, section 3.5)."""
+    """The n most probable experts of each row of a pathway (n, R, E), or all of them (paper, section 3.5).
+
+    >>> core_experts(torch.tensor([[[0.5, 0.1, 0.4]]]), 2).rescale(torch.tensor([[[0.2, 0.6, 0.1]]]))
+    tensor([[[0.6000, 0.1000, 0.3000]]])
+    """
     E = pathway.shape[-1]
     require(n is None or n <= E, f"core is {n}, but there are {E} experts")
     mask = torch.zeros_like(pathway, dtype=torch.bool).scatter(-1, pathway.topk(n or E).indices, True)

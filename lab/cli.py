@@ -149,6 +149,10 @@ def table(rows, header=None, left=1) -> str:
 
 
 def bar_line(values) -> str:
-    """A bar a value, as high as its share of the largest."""
+    """A bar a value, as high as its share of the largest.
+
+    >>> bar_line([1, 2, 4, 8])
+    '▂▃▅█'
+    """
     top = max(*values, 1e-12)
     return "".join(BARS[min(len(BARS) - 1, int(value / top * len(BARS)))] for value in values)

@@ -5,7 +5,11 @@ from scipy import stats
 
 
 def interval(values, level: float = 0.95):
-    """Mean of n independent values and half the width of its confidence interval (Student's t, n - 1 degrees)."""
+    """Mean of n independent values and half the width of its confidence interval (Student's t, n - 1 degrees).
+
+    >>> "{:.2f} +- {:.2f}".format(*interval([1.0, 2.0, 3.0]))
+    '2.00 +- 2.48'
+    """
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         raise ValueError(f"an interval needs at least 2 values, found {len(values)}")

@@ -1,6 +1,8 @@
 """The house rules: files stay readable in one sitting, the README knows them all, and imports run one way."""
 
 import ast
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -9,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Lines, blank ones not counted.
 BUDGETS = {
-    "moe.py": 396,
-    "cartesian.py": 200,
-    "remix.py": 540,
-    "data.py": 250,
+    "moe.py": 402,
+    "cartesian.py": 204,
+    "remix.py": 546,
+    "data.py": 255,
     "hf.py": 300,
     "train_toy.py": 310,
     "eval.py": 350,
@@ -58,6 +60,13 @@ def test_readme_shows_what_is_there():
     assert [path.name for path in modules if path.name not in readme and path.name != "__init__.py"] == []
     blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert blocks and all(any(block.strip() in model for model in models) for block in blocks)
+
+
+@pytest.mark.parametrize("name", ["moe", "cartesian", "remix", "data", "lab.cli", "lab.stats"])
+def test_examples_in_docstrings(name):
+    """What docstrings show is what one gets."""
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted > 0 and found.failed == 0
 
 
 def test_readme_counts_lines():

@@ -2,6 +2,8 @@
 
 Both kinds of data offer `vocab_size` and `batch(step, n)`, and the batch of a step is a function of (seed, step) alone:
 a resumed run sees what the uninterrupted run would have seen.
+
+python data.py PATH    learns the tokenizer `tinystories` from a text
 """
 
 import base64
@@ -292,6 +294,8 @@ class TextData:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        sys.exit(print(__doc__))
     try:
         require(len(sys.argv) == 2, "usage: python data.py PATH, a text to train the tokenizer tinystories on")
         print(f"wrote {RANKS.write_bytes(train_tokenizer(sys.argv[1])):,} bytes to {RANKS}")

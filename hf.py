@@ -337,6 +337,8 @@ def describe(source) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        sys.exit(print(__doc__))
     try:
         require(len(sys.argv) == 2, "usage: python hf.py PATH_OR_REPO")
         print(describe(sys.argv[1]))

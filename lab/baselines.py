@@ -1,6 +1,8 @@
 """What re-mixing is compared with: every row of the table in `eval.py remix` is a function here, (arena, settings) ->
 RemixResult, on the same samples, references and neighbours, with the same weights and steps.
 
+python -m lab.baselines [METHOD ...] RUN [RUN ...]    tries the settings of every method, or of those named, on dev
+
 No row sees a label of the samples, but the oracle and its null, which say so.
 """
 
@@ -449,7 +451,9 @@ def posed(questions: list[Question]):
 
 
 def main(argv) -> int:
-    """Try the settings of every method, or of those named, on dev: python -m lab.baselines [NGD] RUN RUN RUN"""
+    """Try the settings of every method, or of those named, on the dev split of some runs."""
+    if not set(argv) - TRIES.keys():
+        raise cli.Usage("expected the folders of some runs: python -m lab.baselines [METHOD ...] RUN [RUN ...]")
     arenas, rows = [arena_of(Path(name), "dev") for name in argv if name not in TRIES], []
     asked = {name: tries for name, tries in TRIES.items() if name in argv} or TRIES
     for name, tries in tqdm(asked.items(), desc="methods", leave=False, disable=None):
@@ -465,4 +469,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, __doc__)

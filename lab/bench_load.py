@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import hf
-from lab.cli import table
+from lab import cli
 from moe import MoEConfig, MoETransformer
 
 OLMOE = {"vocab_size": 50304, "context": 4096, "d_model": 2048, "n_heads": 16, "n_experts": 64, "top_k": 8}
@@ -60,7 +60,8 @@ def measure(path: Path, dtype, disk: bool, n: int):
     return size / 1e9, grown / size, seconds, plain, touch, seconds / (plain + touch)
 
 
-if __name__ == "__main__":
+def main(argv) -> int:
+    """Make the checkpoint, load it, and tell."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as top:
         hf.save(model := MoETransformer(MoEConfig(**OLMOE, n_layers=2, d_expert=1024)).bfloat16(), Path(top, "it"))
@@ -71,4 +72,9 @@ if __name__ == "__main__":
                 medians = (f"{statistics.median(column):.2f}" for column in zip(*runs, strict=True))
                 rows.append((f"{str(dtype)[6:]}, from {'disk' if disk else 'page cache'}", *medians))
     print(f"{n * 2 / 1e9:.2f} GB in bfloat16, one thread, medians of 3\n")
-    print(table(rows, header=["load as", "weights GB", "peak / weights", "s", "read s", "touch s", "s / both"]))
+    print(cli.table(rows, header=["load as", "weights GB", "peak / weights", "s", "read s", "touch s", "s / both"]))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -100,13 +100,17 @@ def build(config: type, values: dict):
         raise Usage(str(error)) from error
 
 
-def run(main):
-    """Call main(argv) as a program: its return value is the exit code, and a user's mistake is told in one line.
+def run(main, text: str | None = None):
+    """Call main(argv) as a program: its return value is the exit code, and a user's mistake is told in one line. A
+    text is what --help prints, where main has no flags.
 
     `python -X dev SCRIPT` shows the traceback as well.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)  # Windows would refuse the bars
+    if text and {"-h", "--help"} & {*sys.argv[1:]}:
+        print(text)
+        return
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as error:

@@ -1,4 +1,7 @@
-"""What C3PO costs, by formula, by profiler and by the clock: the exact one-token form against full forwards."""
+"""What C3PO costs, by formula, by profiler and by the clock: the exact one-token form against full forwards.
+
+python -m lab.cost    the formula for OLMoE; the clock and the profiler on small models (a minute)
+"""
 
 import time
 from dataclasses import replace
@@ -86,7 +89,7 @@ def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.fl
 
 
 def main(argv) -> int:
-    """python -m lab.cost: the formula for OLMoE; the clock and the profiler on small models."""
+    """The formula, and both races."""
     torch.set_num_threads(1)
     print("NGD on OLMoE, 100 tokens, last 5 of 16 layers, k = 3, 10 steps, in base forwards:\n")
     print(cli.table([[name, f"{value:.2f}"] for name, value in formula(OLMOE, 100, 5, 3, 10).items()]), end="\n\n")
@@ -108,4 +111,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, __doc__)

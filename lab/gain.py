@@ -50,4 +50,4 @@ def compared(first: dict, second: dict) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, __doc__)

@@ -41,6 +41,7 @@ def blocks(folder: Path) -> dict:
     """Name -> a function that says what stands in that place; figures of the comparison go to the folder."""
     texts = {path.stem: lambda path=path: path.read_text(encoding="utf-8") for path in RESULTS.glob("*.txt")}
     texts |= {
+        "train_toy": lambda first=texts["train_toy"]: "\n\n".join(first().split("\n\n")[n] for n in (0, 2, 3)),
         "remix": lambda: report(found("remix-skills-test")),
         "remix-strict": lambda: main_table(*(found("remix-skills-test-strict")[key] for key in ("rows", "costs"))),
         "remix-stories": lambda: main_table(*(found("remix-stories-test")[key] for key in ("rows", "costs"))),

@@ -1,8 +1,8 @@
 """Pictures of ideas, for the notebooks and the README: boxes, arrows and toy landscapes; no results."""
 
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from lab.plots import GREY, INK, figure
+from lab.plots import BLUE, COLOURS, GREY, INK, ORANGE, figure
 
 
 def canvas(width: float, height: float, title: str = ""):
@@ -33,3 +33,114 @@ def arrow(ax, start, end, colour: str = INK, width: float = 1.2, text: str = "")
 
 
 # The pictures, in the order of the notebooks.
+
+
+def experts_row(ax, x, y, name, n, visited, colour):
+    """n experts side by side around the point (x, y), those that a token visits filled."""
+    for i in range(n):
+        on = i in visited
+        box(ax, x + 0.44 * (i - (n - 1) / 2), y, f"${name}_{{{i + 1}}}$", 0.36, 0.36, colour if on else GREY, on)
+
+
+def two_blocks():
+    """A fine-grained MoE block, with one feed-forward sub-layer, beside a Cartesian block, with two."""
+    fig, ax = canvas(8.4, 4.0)
+    columns = {2.2: [("E", 8, (1, 3, 4, 6), INK, "top 4 of 8", "y = x + MoE(norm(x))")]}
+    columns[6.2] = [("A", 4, (0, 2), ORANGE, "top 2 of 4", "u = x + A(norm(x))")]
+    columns[6.2] += [("B", 4, (1, 2), BLUE, "top 2 of 4", "y = u + B(norm(u))")]
+    for x, layers in columns.items():
+        box(ax, x, 0.55, "attention", 1.6)
+        y = 0.75
+        for name, n, visited, colour, says, equation in layers:
+            box(ax, x, y + 0.55, f"router: {says}", 1.6, 0.34, colour)
+            arrow(ax, (x, y), (x, y + 0.38))
+            experts_row(ax, x, y + 1.1, name, n, visited, colour)
+            ax.text(x + 1.0, y + 0.55, equation, fontsize=8, color=INK, va="center")
+            y += 1.3
+        arrow(ax, (x, y), (x, y + 0.35))
+    ax.text(2.2, 3.85, "MoE block: one sub-layer", ha="center", fontsize=10, color=INK)
+    ax.text(6.2, 3.85, "Cartesian block: two, one behind the other", ha="center", fontsize=10, color=INK)
+    return fig
+
+
+def composition_grid(n: int, a: list[int], b: list[int]):
+    """The n x n composed experts (A_i, B_j). A row, all those that share A_i, is tinted where the token chose A_i; the
+    K x K that it visits are filled."""
+    fig, ax = canvas(0.5 * n + 1.5, 0.5 * n + 1.2, f"{n} + {n} experts, {n} x {n} composed")
+    for i in range(n):
+        colour, y = COLOURS[a.index(i)] if i in a else GREY, 0.5 * (n - i) + 0.05
+        box(ax, 0.4, y, f"$A_{{{i}}}$", 0.44, 0.4, colour, i in a)
+        box(ax, 1.15 + 0.5 * i, 0.5 * n + 0.65, f"$B_{{{i}}}$", 0.44, 0.4, INK if i in b else GREY, i in b)
+        for j in range(n):
+            here = Rectangle((0.92 + 0.5 * j, y - 0.22), 0.46, 0.44, linewidth=1.2, edgecolor="white", facecolor=colour)
+            here.set_alpha(0.08 if i not in a else 1.0 if j in b else 0.3)
+            ax.add_patch(here)
+            if i in a and j in b:
+                ax.text(1.15 + 0.5 * j, y, f"{i}, {j}", ha="center", va="center", fontsize=8, color="white")
+    return fig
+
+
+def two_readings():
+    """The product layer of the paper beside the literal product: what passes through which of the chosen experts."""
+    fig, ax = canvas(8.4, 3.1)
+    for x, pairs in ((2.1, False), (6.3, True)):
+        box(ax, x, 0.3, "token", 1.0)
+        if not pairs:
+            box(ax, x, 1.5, "their weighted sum", 1.5)
+        for side in (-0.7, 0.7):
+            box(ax, x + side, 0.95, "$A_1$" if side < 0 else "$A_2$", 0.5, 0.36, ORANGE, True)
+            arrow(ax, (x, 0.5), (x + side, 0.77))
+            arrow(ax, (x + side, 1.13), (x + side / 2, 1.3)) if not pairs else None
+            for other in (-0.35, 0.35) if pairs else (0,):
+                at, name = x + side + other, "$B_1$" if (other or side) < 0 else "$B_2$"
+                box(ax, at, 2.1, name, 0.5, 0.36, BLUE, True)
+                arrow(ax, (x + side, 1.13) if pairs else (x + side / 2, 1.7), (at, 1.92))
+                arrow(ax, (at, 2.28), (x + (at - x) / 3, 2.5))
+        box(ax, x, 2.7, "weighted sum of " + ("$K^2$ outputs" if pairs else "$K$ outputs"), 2.2)
+    ax.text(2.1, 3.0, "in sequence: 2 K evaluations", ha="center", fontsize=10, color=INK)
+    ax.text(6.3, 3.0, "literally, each pair alone: K + K x K evaluations", ha="center", fontsize=10, color=INK)
+    return fig
+
+
+def stacked_experts():
+    """The experts of a layer as a checkpoint of the hub has them, and as they stand in memory."""
+    fig, ax = canvas(7.6, 2.8)
+    for row, e in enumerate(("0", "1", "E-1")):
+        for column, (name, colour) in enumerate((("gate", ORANGE), ("up", ORANGE), ("down", BLUE))):
+            size = (0.45, 0.6) if name == "down" else (0.6, 0.45)
+            box(ax, 0.7 + 0.9 * column, 2.0 - 0.75 * row, f"{name}\n{e}", *size, colour)
+    for x, text, shape, height, width, colour in (
+        (4.4, "gate_up", "(E, 2 F, D)", 1.5, 1.0, ORANGE),
+        (6.3, "down", "(E, D, F)", 1.0, 0.75, BLUE),
+    ):
+        for depth in (2, 1, 0):
+            at = (x + 0.12 * depth, 1.15 + 0.12 * depth)
+            box(ax, *at, f"{text}\n{shape}" if depth == 0 else "", width, height, colour)
+    arrow(ax, (3.0, 1.25), (3.6, 1.25))
+    ax.text(1.6, 2.5, "on disk: 3 E matrices", ha="center", fontsize=10, color=INK)
+    ax.text(5.4, 2.5, "in memory: two tensors", ha="center", fontsize=10, color=INK)
+    return fig
+
+
+def places_to_change():
+    """A forward pass and, below it, re-mixing, with the three places where ten lines of one's own go."""
+    fig, ax = canvas(8.4, 2.5)
+    steps = {
+        "batch": "(c) your task",
+        "routers\nprobabilities": "",
+        "select\nweights, experts": "(a) your routing rule",
+    }
+    steps |= {"experts\nweighted sum": "", "logits, loss": ""}
+    for i, (text, change) in enumerate(steps.items()):
+        x = 0.85 + 1.68 * i
+        box(ax, x, 1.7, text, 1.3, 0.55, ORANGE if change else GREY, bool(change))
+        ax.text(x, 2.12, change, ha="center", fontsize=9, color=ORANGE)
+        if i < len(steps) - 1:
+            arrow(ax, (x + 0.65, 1.7), (x + 1.03, 1.7))
+    box(ax, 2.53, 0.45, "surrogate", 1.3, 0.55, ORANGE, True)
+    ax.text(3.3, 0.4, "(b) your surrogate", fontsize=9, color=ORANGE)
+    arrow(ax, (2.3, 1.42), (2.3, 0.73))
+    arrow(ax, (2.76, 0.73), (2.76, 1.42))
+    ax.text(2.2, 1.05, "the model's pathway,\nneighbours", ha="right", va="center", fontsize=8, color=INK)
+    ax.text(2.86, 1.05, "another pathway, imposed at one token", va="center", fontsize=8, color=INK)
+    return fig

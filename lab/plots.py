@@ -236,11 +236,12 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
         product = use.sum(1, keepdims=True) * use.sum(0)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.log2(use / product)
+        ticks = {axis: range(0, len(use), 1 + len(use) // 8) for axis in ("xticks", "yticks")}
         shade = first.imshow(100 * use, cmap="magma_r", vmin=0, vmax=100 * top)
         ratios = second.imshow(np.nan_to_num(ratio, neginf=-3), cmap="PuOr_r", vmin=-3, vmax=3)
         more = row["information"] - row["shuffled"]
-        first.set(title=f"layer {row['layer']}", xlabel="expert of B", ylabel="expert of A")
-        second.set(xlabel="expert of B", ylabel="expert of A")
+        first.set(title=f"layer {row['layer']}", xlabel="expert of B", ylabel="expert of A", **ticks)
+        second.set(xlabel="expert of B", ylabel="expert of A", **ticks)
         second.set_title(f"information {more:.2f} of {row['most']:.2f} nats", fontsize=8, color=INK)
         for place, (name, (visited, every)) in enumerate(row["alike"].items()):
             third.bar(place, visited or 0, color=GREY if name == "share neither" else BLUE, width=0.7)

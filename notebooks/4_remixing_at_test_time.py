@@ -125,7 +125,7 @@ def around(centre, spread, n):
 
 # %% [markdown]
 # Now the references, of three kinds. Fourteen are of our sample's kind and best answered near the top, but the router
-# sends many of them too low, so that some are answered wrong, like our sample. Six are of another kind, at the lower
+# sends many of them too low, so that they are answered wrong, like our sample. Six are of another kind, at the lower
 # right, and eighteen of a third, at the lower left: all crowded together, and nearly all answered right there.
 
 # %%
@@ -300,6 +300,7 @@ def told(prompts, i):
     return f"dialect {dialect}, a = {a}, b = {b}, cue {cue}: {names[meaning]} = {prompts.labels[i]}" + "".join(other)
 
 
+# %%
 before, after = (part.softmax(-1) for part in (result.logits_before, result.logits))  # (n, V) twice
 gain = (after - before).gather(1, asked.labels[:, None])[:, 0]  # (n,)
 misread = (before.argmax(1) == asked.other) & (asked.other != asked.labels)
@@ -308,6 +309,8 @@ alike = (found.tokens[:, :, [0, 3]] == asked.tokens[:, None, [0, 3]]).all((1, 2)
 misread &= alike & (found.labels != asked.labels[:, None]).all(1)
 i = int(gain.where(misread, -1).argmax())
 near = result.neighbours.index[i]  # (k,)
+
+# %%
 mended = (after.argmax(1) == asked.labels)[misread]
 print(f"of {len(mended)} such prompts {mended.sum()} are answered right after NGD; this one gains most:\n")
 print("the prompt    ", told(asked, i), f"\nit is answered {before[i].argmax()} before, {after[i].argmax()} after\n")
@@ -344,8 +347,8 @@ plots.pathway_figure(panels, places(model), "The prompt's pathway, and its neigh
 #   in every layer, not of its pathway. A rival from outside the world of experts.
 #
 # The paper re-mixes the last 5 of OLMoE's 16 layers (*critical layers*) and the 20 most probable of 64 experts in
-# each (*core experts*), with three neighbours and ten steps. Our model is small: all four layers, all sixteen
-# experts, the same three and ten.
+# each (*core experts*), with three neighbours and ten steps. Our model is small: NGD may change all sixteen experts
+# of all four layers, with the same three and ten.
 
 # %%
 arena = Arena(model, asked.tokens, asked.labels, references, about=asked, tuned=CHOSEN, seed=SEED)

@@ -159,6 +159,30 @@ def pathway_figure(panels: dict[str, np.ndarray], rows: list[str], title: str, p
     return keep(fig, path)
 
 
+def example_figure(losses: dict[str, np.ndarray], answers: dict[str, np.ndarray], marks: dict[int, str], title: str,
+                   path: Path | None = None):  # fmt: skip
+    """Losses by the steps of an optimiser, and the probabilities of all answers along two pathways; marks: answer -> a
+    word on it."""
+    fig, (ax, right) = figure(9, 3.2, ncols=2, width_ratios=[1, 1.5])
+    for (name, values), colour in zip(losses.items(), (ORANGE, GREY), strict=True):
+        ax.plot(values, color=colour, marker="o", markersize=3, label=name)
+    ax.set(xlabel="step", ylabel="neighbours' loss (nats)", ylim=(0, None))
+    ax.legend(fontsize=8, frameon=False)
+    for side, ((name, shares), colour) in zip(
+        (-0.2, 0.2), zip(answers.items(), (BLUE, ORANGE), strict=True), strict=True
+    ):
+        right.bar(np.arange(len(shares)) + side, 100 * shares, color=colour, width=0.4, label=name)
+    for answer, text in marks.items():
+        top = 100 * max(shares[answer] for shares in answers.values())
+        right.annotate(text, (answer, top), (0, 3), textcoords="offset points", ha="center", fontsize=8, color=INK,
+                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8})  # fmt: skip
+    right.set(xlabel="answer", ylabel="probability (%)", xticks=range(len(shares)))
+    right.margins(y=0.2)
+    right.legend(fontsize=8, frameon=False)
+    fig.suptitle(title, color=INK, fontsize=10)
+    return keep(fig, path)
+
+
 def sweeps_figure(found: dict[str, dict], title: str, path: Path | None = None):
     """The gain of NGD with one setting varied at a time, a panel each, with 95 % intervals."""
     columns = 3

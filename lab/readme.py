@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lab import cli, plots
+from lab import cli, diagrams, plots
 from lab.claims import RESULTS, claims
 from lab.compare import read
 from lab.contest import figures, main_table, report, sweep_table
@@ -68,6 +68,7 @@ def pages(folder: Path) -> dict[Path, str]:
 
 def draw(folder: Path):
     """Every figure that `pages` does not draw."""
+    diagrams.remixing().savefig(folder / "idea.png")
     figures(found("remix-skills-test"), f"{folder}/remix")
     title = "NGD with one setting varied at a time (3 seeds, dev)"
     plots.sweeps_figure(found("remix-skills-dev-ablation"), title, folder / "ablation.png")

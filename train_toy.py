@@ -101,7 +101,7 @@ def main(argv=None) -> int:
     for seed in range(train.seed, train.seed + train.seeds):
         for name in names:
             one = {**asdict(train), "seed": seed, "seeds": 1, "model": name, "twin": False}
-            scores = run(TrainConfig(**one), replace(sizes), several or train.twin)
+            scores = run(TrainConfig(**one), sizes, several or train.twin)
             if scores is None:
                 return 130  # what a shell expects of a program that Ctrl-C has ended
             results[name].append(scores)
@@ -137,19 +137,10 @@ def resumed(given: dict):
 
 def run(train: TrainConfig, sizes: MoEConfig, several: bool):
     """One run of one seed -> its scores, or None if it was interrupted."""
-    device = pick_device(train.device)
     data = load_data(asdict(train), sizes.context)
-    sizes.vocab_size = data.vocab_size
-    if train.model == "dense":
-        sizes.dense_layers = tuple(range(sizes.n_layers))
-    torch.manual_seed(train.seed)
-    model = build(asdict(sizes)).to(device)
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    gains = [weight for weight in model.parameters() if weight.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95), fused=True)
+    model, optimizer = start(train, sizes, data)
     folder = Path(train.resume) if train.resume else new_folder(train, several)
-    print(describe(train, model, data, device, folder), end="\n\n")
+    print(describe(train, model, data, folder), end="\n\n")
     finished, log = fit(model, optimizer, data, train, folder)
     if not finished:
         print(f"\nstopped and saved; continue with\n    python train_toy.py --resume {folder}")
@@ -168,6 +159,16 @@ def run(train: TrainConfig, sizes: MoEConfig, several: bool):
         print("\n" + taste(folder))
     print(report(train, model, data, scores, log, load, folder))
     return {**scores["test"], "seconds": log[-1]["seconds"]}
+
+
+def start(train: TrainConfig, sizes: MoEConfig, data):
+    """An untrained model of these sizes, or its dense twin, and AdamW with weight decay on matrices only."""
+    dense = {"dense_layers": range(sizes.n_layers)} if train.model == "dense" else {}
+    torch.manual_seed(train.seed)
+    model = build(asdict(replace(sizes, vocab_size=data.vocab_size, **dense))).to(pick_device(train.device))
+    groups = [{"params": [w for w in model.parameters() if w.dim() > 1], "weight_decay": train.weight_decay}]
+    groups += [{"params": [w for w in model.parameters() if w.dim() == 1], "weight_decay": 0.0}]
+    return model, torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95), fused=True)
 
 
 def fit(model, optimizer, data, train: TrainConfig, folder: Path):
@@ -285,9 +286,9 @@ def progress(log: list[dict]) -> str:
     return row if len(log) > 1 else "".join(f"{name:>{max(len(name), 6) + 3}}" for name in cells) + "\n" + row
 
 
-def describe(train: TrainConfig, model, data, device, folder) -> str:
+def describe(train: TrainConfig, model, data, folder) -> str:
     """What is about to run."""
-    sizes, length = model.config, data.batch(0, 1)[0].shape[1]
+    sizes, length, device = model.config, data.batch(0, 1)[0].shape[1], model.embedding.weight.device
     where = f"{device} ({train.threads} thread{'s' if train.threads > 1 else ''})" if device.type == "cpu" else device
     total, active, varies = model.n_params(), model.n_params(activated=True), getattr(sizes, "router", "") == "top_p"
     visits = f"top-p {sizes.top_p}" if varies else f"top {sizes.top_k}"

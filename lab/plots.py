@@ -279,3 +279,31 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
     note = "bars: outputs of composed experts that the token visits; dots: of all"
     fig.suptitle(f"{title}\n{note}", color=INK, fontsize=10)
     return keep(fig, path)
+
+
+def curves_figure(steps: list[int], panels: dict[str, dict[str, list[float]]], path: Path | None = None):
+    """Lines over the training steps, a panel for each quantity: its label -> name of the run -> values."""
+    fig, axes = figure(0.4 + 3.2 * len(panels), 2.9, ncols=len(panels), squeeze=False)
+    for ax, (label, lines) in zip(axes[0], panels.items(), strict=True):
+        for (name, values), colour in zip(lines.items(), COLOURS, strict=False):
+            ax.plot(steps, values, color=colour, label=name)
+        ax.set(xlabel="step", ylabel=label)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    return keep(fig, path)
+
+
+def load_figure(steps: list[int], loads: dict[str, list[np.ndarray]], places: list[str], path: Path | None = None):
+    """Load over the training steps: each run's shares of visits (L, E) by step; experts by their load at the end."""
+    L, E = next(iter(loads.values()))[0].shape
+    fig, axes = figure(1.2 + 2.6 * len(loads), 0.7 + 1.7 * L, nrows=L, ncols=len(loads), squeeze=False)
+    for column, (name, load) in zip(axes.T, loads.items(), strict=True):
+        for place, ax in enumerate(column):
+            part = np.stack(load)[:, place] / load[0][place].mean()  # (S, E) in even shares
+            edges = (1.5 * steps[0] - 0.5 * steps[1], 0.5 * steps[-1] - 0.5 * steps[-2] + steps[-1], -0.5, E - 0.5)
+            part = part[:, part[-1].argsort()].T
+            image = ax.imshow(part, cmap="magma_r", vmin=0, vmax=4, aspect="auto", origin="lower", extent=edges)
+            ax.set(title="" if place else name, xlabel="step" if place == L - 1 else "", yticks=[])
+            ax.set_ylabel(f"{places[place]}\nexperts" if ax is axes[place, 0] else "", fontsize=8)
+            ax.title.set_fontsize(9)
+    fig.colorbar(image, ax=axes, label="visits, in even shares", pad=0.01)
+    return keep(fig, path)

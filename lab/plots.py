@@ -281,7 +281,7 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
     return keep(fig, path)
 
 
-def curves_figure(steps: list[int], panels: dict[str, dict[str, list[float]]], path: Path | None = None):
+def curves_figure(steps: list[int], panels: dict[str, dict[str, list[float]]], title: str, path: Path | None = None):
     """Lines over the training steps, a panel for each quantity: its label -> name of the run -> values."""
     fig, axes = figure(0.4 + 3.2 * len(panels), 2.9, ncols=len(panels), squeeze=False)
     for ax, (label, lines) in zip(axes[0], panels.items(), strict=True):
@@ -289,11 +289,12 @@ def curves_figure(steps: list[int], panels: dict[str, dict[str, list[float]]], p
             ax.plot(steps, values, color=colour, label=name)
         ax.set(xlabel="step", ylabel=label)
     axes[0, 0].legend(fontsize=7, frameon=False)
+    fig.suptitle(title, color=INK, fontsize=10)
     return keep(fig, path)
 
 
-def load_figure(steps: list[int], loads: dict[str, list[np.ndarray]], places: list[str], path: Path | None = None):
-    """Load over the training steps: each run's shares of visits (L, E) by step; experts by their load at the end."""
+def load_figure(steps: list[int], loads: dict, places: list[str], title: str, path: Path | None = None):
+    """Load over the training steps: name of a run -> shares of visits (L, E) at each; experts by their final load."""
     L, E = next(iter(loads.values()))[0].shape
     fig, axes = figure(1.2 + 2.6 * len(loads), 0.7 + 1.7 * L, nrows=L, ncols=len(loads), squeeze=False)
     for column, (name, load) in zip(axes.T, loads.items(), strict=True):
@@ -306,4 +307,5 @@ def load_figure(steps: list[int], loads: dict[str, list[np.ndarray]], places: li
             ax.set_ylabel(f"{places[place]}\nexperts" if ax is axes[place, 0] else "", fontsize=8)
             ax.title.set_fontsize(9)
     fig.colorbar(image, ax=axes, label="visits, in even shares", pad=0.01)
+    fig.suptitle(title, color=INK, fontsize=10)
     return keep(fig, path)

@@ -211,12 +211,13 @@ for name, weights in ways.items():
 # times an even share, which is all tokens.
 
 # %%
-plots.load_figure(steps, {name: seen["load"] for name, seen in runs.items()}, places(models["balance"]))
+loads = {name: seen["load"] for name, seen in runs.items()}
+plots.load_figure(steps, loads, places(models["balance"]), "The load of the experts over training")
 
 # %%
 panels = {"balance loss (1 even, 4 collapsed)": "balance_loss", "dev loss (nats)": "loss", "dev accuracy": "accuracy"}
 curves = {label: {name: seen[key] for name, seen in runs.items()} for label, key in panels.items()}
-plots.curves_figure(steps, curves)
+plots.curves_figure(steps, curves, "Balance, loss and accuracy over training")
 
 
 # %%
@@ -264,7 +265,8 @@ runs[name] = watch(models[name], optimizer, train)
 print(cli.table([row(name) for name in ("no balance loss", name)], header=header))
 
 # %%
-plots.load_figure(steps, {each: runs[each]["load"] for each in ("no balance loss", name)}, places(models[name]))
+loads = {each: runs[each]["load"] for each in ("no balance loss", name)}
+plots.load_figure(steps, loads, places(models[name]), "Without balance loss: raw weights, renormalised weights")
 
 # %% [markdown]
 # Fewer experts are lost, without any balance loss; in three seeds the balance loss ended at 2.1 to 2.5 with raw

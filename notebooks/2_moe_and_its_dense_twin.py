@@ -84,9 +84,8 @@ for kind in kinds:
 
 # %%
 labels = {"loss": "dev loss (nats)", "clear": "clear cues: accuracy", "ambiguous": "ambiguous cues: accuracy"}
-plots.curves_figure(
-    steps, {label: {kind: [dev[key] for dev in seen[kind]] for kind in kinds} for key, label in labels.items()}
-)
+curves = {label: {kind: [dev[key] for dev in seen[kind]] for kind in kinds} for key, label in labels.items()}
+plots.curves_figure(steps, curves, "Skills and dialects: the MoE and its dense twin")
 
 # %%
 scores = {kind: evaluate(models[kind], data, "test") for kind in kinds}
@@ -97,8 +96,8 @@ print(cli.table([[kind, *(f"{scores[kind][key]:.3f}" for key in keys)] for kind 
 # **The MoE has no lead here.** The twin learns faster, its loss after these 300 steps is lower, and the accuracies
 # are close. That is one seed. In the three that we tried, the test loss was 1.23, 1.11 and 0.99 for the MoE, and
 # 1.12, 0.93 and 0.86 for the twin. With four layers and 500 steps (`python train_toy.py --seeds 3 --twin`, some
-# minutes) it was a tie: 73.1 % and 72.7 % of the test prompts right, a difference of 0.4 points with a 95 % interval
-# of -2.4 to 3.1. On stories, the same comparison has the MoE ahead on every seed (README, *I have ten minutes*). Why
+# minutes) they could not be told apart: 73.1 % and 72.7 % of the test prompts right, a difference of 0.4 points with
+# a 95 % interval of -2.4 to 3.1. On stories, the same comparison has the MoE ahead on every seed (docs/text.md). Why
 # not here?
 #
 # - *The weights are small.* Notebook 1 showed that raw weights make the layer say little at first. With
@@ -167,7 +166,7 @@ for kind in kinds:
     model, known[kind] = learn(train, narrow, facts, facts.known)
     size = f"{model.n_params():,} parameters, {model.n_params(activated=True):,} activated"
     print(f"{kind}: {size}, {known[kind][-1]:.1%} of the table known")
-plots.curves_figure(steps, {"share of the table known": known})
+plots.curves_figure(steps, {"share of the table known": known}, "A table of facts")
 
 # %% [markdown]
 # Here the MoE is ahead: at the same activated parameters, and with more than twice as many in all, it knows more of

@@ -54,9 +54,9 @@ def preference(shares: np.ndarray) -> np.ndarray:
     return np.lexsort((-shares.max(0), shares.argmax(0)))
 
 
-def panels(n: int, width: float, heights: list[float], **grid):
-    """n panels, two beside each other, each of parts one above the other -> the figure, axes (n, parts)."""
-    columns, rows = min(n, 2), -(-n // 2)
+def panels(n: int, width: float, heights: list[float], beside: int = 2, **grid):
+    """n panels, some beside each other, each of parts one above the other -> the figure, axes (n, parts)."""
+    columns, rows = min(n, beside), -(-n // beside)
     size = (width * columns + 0.8, rows * sum(heights))
     fig, axes = figure(*size, nrows=rows * len(heights), ncols=columns, height_ratios=heights * rows, squeeze=False)
     axes = axes.reshape(rows, len(heights), columns).swapaxes(1, 2).reshape(-1, len(heights))  # a row a panel
@@ -216,7 +216,8 @@ def effects_figure(effects: dict[str, list[float]], margin: float, path: Path | 
     for row, (mean, low, high) in enumerate(effects.values()):
         colour = BLUE if high < 0 else ORANGE if low > 0 else INK
         ax.errorbar(mean, row, xerr=[[mean - low], [high - mean]], color=colour, marker="o", markersize=4, capsize=2)
-    ax.set(yticks=range(len(effects)), xlabel="test perplexity against fine_grained (%), mean of pairs, 95 % interval")
+    ax.set(yticks=range(len(effects)), xlabel="test perplexity, percent more or less, mean of pairs, 95 % interval")
+    ax.set_title(f"Against fine_grained (grey: no difference, {margin:g} %)", fontsize=10, color=INK)
     ax.set_yticklabels(effects)
     ax.invert_yaxis()
     return keep(fig, path)
@@ -253,7 +254,7 @@ def robustness_figure(points: dict[str, dict], path: Path | None = None):
 def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
     """Which composed experts are visited, how that differs from the product of the margins, and how alike they are; a
     row of `lab.sharing.sharing` for each layer."""
-    fig, axes = panels(len(rows), 2.7, [2.5, 2.5, 1.9])
+    fig, axes = panels(len(rows), max(2.0, 6 / len(rows)), [2.0, 2.0, 1.9], beside=4)
     top = max(np.max(row["use"]) for row in rows)
     for (first, second, third), row in zip(axes, rows, strict=True):
         use = np.array(row["use"])  # (E, E)
@@ -274,8 +275,8 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
         third.set_xticklabels(
             [name.replace(", ", ",\n").replace("share ", "share\n") for name in row["alike"]], fontsize=6
         )
-    fig.colorbar(shade, ax=list(axes[:, 0]), label="visits (%)", pad=0.01)
-    fig.colorbar(ratios, ax=list(axes[:, 1]), label="log2 of use / product\nof the margins", pad=0.01)
+    fig.colorbar(shade, ax=list(axes[:4, 0]), label="visits (%)", pad=0.01)
+    fig.colorbar(ratios, ax=list(axes[:4, 1]), label="log2 of use /\nproduct of margins", pad=0.01)
     note = "bars: outputs of composed experts that the token visits; dots: of all"
     fig.suptitle(f"{title}\n{note}", color=INK, fontsize=10)
     return keep(fig, path)

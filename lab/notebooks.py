@@ -57,7 +57,8 @@ def execute(path: Path) -> tuple[str, float]:
     notebook = read(path)
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
-        NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": FOLDER}}).execute()
+        quiet = {"extra_arguments": ["--log-level=ERROR"], "coalesce_streams": True, "kernel_name": "python3"}
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": FOLDER}}, **quiet).execute()
     except Exception as error:
         raise ValueError(f"{path.name}: {error}") from None
     end = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -12,11 +12,15 @@ HEAD = "| claim | published | here, with 95 % interval | verdict | command |\n|-
 NULL = "oracle's null"
 
 
+def stored(name: str):
+    """What a command wrote to results/."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def claims() -> str:
     """The table, in markdown."""
-    found, tried = (json.loads((RESULTS / f"remix-skills-{name}.json").read_text(encoding="utf-8"))
-                    for name in ("test", "dev-ablation"))  # fmt: skip
-    parts = {"eval.py remix": remixing(found), "eval.py remix --ablate": settings(tried)}
+    parts = {"eval.py remix": remixing(stored("remix-skills-test"))}
+    parts["eval.py remix --ablate"] = settings(stored("remix-skills-dev-ablation"))
     parts["lab.compare"] = cartesian(grouped(read(str(RESULTS / "compare.jsonl")), 2500))
     rows = [[*row, f"`{command}`"] for command, part in parts.items() for row in part]
     return "\n".join([HEAD, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"

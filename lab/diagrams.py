@@ -25,13 +25,9 @@ def box(ax, x: float, y: float, text: str, width: float = 1.0, height: float = 0
     ax.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if strong else INK)
 
 
-def arrow(ax, start, end, colour: str = INK, width: float = 1.2, text: str = ""):
-    """An arrow from a point to another, with a label at its middle."""
+def arrow(ax, start, end, colour: str = INK, width: float = 1.2):
+    """An arrow from a point to another."""
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=9, color=colour, linewidth=width))
-    if text:
-        ax.text(
-            (start[0] + end[0]) / 2, (start[1] + end[1]) / 2, text, fontsize=8, color=colour, ha="left", va="bottom"
-        )
 
 
 # The pictures, in the order of the notebooks.

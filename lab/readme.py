@@ -3,14 +3,13 @@
 Fills every `<!-- results: NAME -->` ... `<!-- end -->` of README.md and docs/*.md, and draws their figures, docs/*.png.
 """
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 
 from lab import cli, diagrams, plots
-from lab.claims import RESULTS, claims
+from lab.claims import RESULTS, claims, stored
 from lab.compare import read
 from lab.contest import figures, main_table, report, sweep_table
 from lab.verdict import grouped, overview, show
@@ -32,20 +31,15 @@ def main(argv=None) -> int:
     return 0
 
 
-def found(name: str):
-    """What a command wrote to results/."""
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def blocks(folder: Path) -> dict:
     """Name -> a function that says what stands in that place; figures of the comparison go to the folder."""
     texts = {path.stem: lambda path=path: path.read_text(encoding="utf-8") for path in RESULTS.glob("*.txt")}
     texts |= {
         "train_toy": lambda first=texts["train_toy"]: "\n\n".join(first().split("\n\n")[n] for n in (0, 2, 3)),
-        "remix": lambda: report(found("remix-skills-test")),
-        "remix-strict": lambda: main_table(*(found("remix-skills-test-strict")[key] for key in ("rows", "costs"))),
-        "remix-stories": lambda: main_table(*(found("remix-stories-test")[key] for key in ("rows", "costs"))),
-        "ablation": lambda: sweep_table(found("remix-skills-dev-ablation")),
+        "remix": lambda: report(stored("remix-skills-test")),
+        "remix-strict": lambda: main_table(*(stored("remix-skills-test-strict")[key] for key in ("rows", "costs"))),
+        "remix-stories": lambda: main_table(*(stored("remix-stories-test")[key] for key in ("rows", "costs"))),
+        "ablation": lambda: sweep_table(stored("remix-skills-dev-ablation")),
         "compare": lambda: show(read(f"{RESULTS}/compare.jsonl"), 2500, folder),
         "sweep": lambda: overview(grouped(read(f"{RESULTS}/sweep.jsonl"), 800), 800),
     }
@@ -69,11 +63,11 @@ def pages(folder: Path) -> dict[Path, str]:
 def draw(folder: Path):
     """Every figure that `pages` does not draw."""
     diagrams.remixing().savefig(folder / "idea.png")
-    figures(found("remix-skills-test"), f"{folder}/remix")
+    figures(stored("remix-skills-test"), f"{folder}/remix")
     title = "NGD with one setting varied at a time (3 seeds, dev)"
-    plots.sweeps_figure(found("remix-skills-dev-ablation"), title, folder / "ablation.png")
+    plots.sweeps_figure(stored("remix-skills-dev-ablation"), title, folder / "ablation.png")
     for name in ("skills", "stories"):
-        special = {key: np.array(value) for key, value in found(f"routing-{name}").items()}
+        special = {key: np.array(value) for key, value in stored(f"routing-{name}").items()}
         shares, load, kinds, places = (special[key] for key in ("shares", "load", "kinds", "places"))
         title = f"Which expert does what: {name}, one seed"
         plots.routing_figure(

@@ -25,7 +25,7 @@ def test_a_notebook_is_its_source_run_top_to_bottom(path):
 
 
 def test_there_are_five_notebooks():
-    """And each defines no class or function that a module has: notebooks import the repository, never copy it."""
+    """Five, in the order in which they are read."""
     assert [path.name[0] for path in SOURCES] == list("12345")
 
 

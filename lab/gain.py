@@ -24,29 +24,32 @@ def main(argv) -> int:
         raise cli.Usage("expected two files that eval.py remix has written: python -m lab.gain A.json B.json")
     found = [json.loads(Path(name).read_text(encoding="utf-8")) for name in argv]
     for name, report in zip(argv, found, strict=True):
-        require({"seeds", "prompts", "rows"} <= report.keys(), f"{name} was not written by eval.py remix")
+        require({"runs", "seeds", "prompts", "rows"} <= report.keys(), f"{name} was not written by eval.py remix")
     (first, second), n = ((report["seeds"], report["prompts"]) for report in found), len(found[0]["seeds"])
     require(first == second, f"the seeds and prompts are {first} and {second}: these runs make no pairs")
     require(n > 1, "one run of a kind: an interval needs two seeds or more")
-    print(compared(*(report["rows"] for report in found)))
-    print(f"\n{n} seeds; intervals of 95 %: of a gain by bootstrap over seeds and cues, of a difference Student's t")
+    print(compared(*found))
     return 0
 
 
 def compared(first: dict, second: dict) -> str:
-    """A line for each method: its gain on either kind of model, and their difference in pairs; base: accuracy."""
+    """A line for each method: its gain on either kind of model, and their difference in pairs. Of the model as it is,
+    and of the null, which no gain is wanted from, it is the share itself."""
     lines = []
-    for name in (name for name in first if name in second and name != "oracle's null"):
-        base, signed = (0, "") if name == "base" else (1, "+")
-        each = [np.subtract(rows[name]["each"], base * np.array(rows["base"]["each"])) for rows in (first, second)]
+    for name in (name for name in first["rows"] if name in second["rows"]):
+        rows = [found["rows"] for found in (first, second)]
+        gains = name not in ("base", "oracle's null")
+        each = [np.subtract(row[name]["each"], gains * np.array(row["base"]["each"])) for row in rows]
         mean, half = stats.interval(each[0] - each[1])
-        cells = [f"{gain.mean():{signed}.1%}" for gain in each]
-        if base:
-            ends = (f" ({rows[name]['low']:+.1%} to {rows[name]['high']:+.1%})" for rows in (first, second))
-            cells = [cell + end for cell, end in zip(cells, ends, strict=True)]
+        ends = (f" ({row[name]['low']:+.1%} to {row[name]['high']:+.1%})" if gains else "" for row in rows)
+        cells = [f"{x.mean():{'+' * gains}.1%}{end}" for x, end in zip(each, ends, strict=True)]
         difference = f"{mean:+.1%} ({mean - half:+.1%} to {mean + half:+.1%})"
         lines.append([name, *cells, difference, f"{stats.paired(*each):.2g}"])
-    return cli.table(lines, header=["gain over base", "first", "second", "first - second", "p"])
+    heads = [found["runs"][0].rpartition("-s")[0] for found in (first, second)]
+    return f"""{cli.table(lines, header=["gain over base", *heads, "difference", "p"])}
+
+{len(first["seeds"])} seeds; intervals of 95 %: of a gain by bootstrap over seeds and cues, of a difference Student's t;
+base and the null: the share of the prompts that they lead to their label, right or wrong"""
 
 
 if __name__ == "__main__":

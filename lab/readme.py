@@ -12,6 +12,7 @@ from lab import cli, diagrams, plots
 from lab.claims import RESULTS, claims, stored
 from lab.compare import read
 from lab.contest import figures, main_table, report, sweep_table
+from lab.gain import compared
 from lab.verdict import grouped, overview, show
 from moe import require
 
@@ -41,6 +42,7 @@ def blocks(folder: Path) -> dict:
         "remix-stories": lambda: main_table(*(stored("remix-stories-test")[key] for key in ("rows", "costs"))),
         "ablation": lambda: sweep_table(stored("remix-skills-dev-ablation")),
         "compare": lambda: show(read(f"{RESULTS}/compare.jsonl"), 2500, folder),
+        "gain": lambda: compared(stored("gain-cartesian"), stored("gain-fine_grained")),
         "sweep": lambda: overview(grouped(read(f"{RESULTS}/sweep.jsonl"), 800), 800),
     }
     return {name: lambda text=text: f"```text\n{text().strip()}\n```\n" for name, text in texts.items()} | {

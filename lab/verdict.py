@@ -32,13 +32,7 @@ class Effect(NamedTuple):
 def show(lines: list[dict], steps: int, folder: Path) -> str:
     """The report on the runs of so many steps; figures go to the folder."""
     kinds = grouped(lines, steps)
-    texts = [overview(kinds, steps), LEGEND, "", TEST]
-    for n in sorted({line["steps"] for line in lines}):  # more or fewer steps show the trend; they are no test
-        (a, ours), (b, theirs) = (most(grouped(lines, n), name) for name in ("cartesian", BASE))
-        found = effect(ours, theirs)
-        p = f" (p = {found.p:.2g}, {found.n} pairs)" if found and found.n > 1 else ""
-        texts.append(f"  {n} steps, {a} against {b}: {say(found) or 'no pairs'}{p}")
-    texts += ["", *robust(kinds, folder)]
+    texts = [overview(kinds, steps), LEGEND, "", TEST, *trend(lines), "", *robust(kinds, folder)]
     for name, runs in kinds.items():
         shared = [run["sharing"] for run in runs.values() if "sharing" in run]
         texts += [f"\n{name}: mean of {len(shared)} runs", sharing_table(mean(shared))] if shared else []
@@ -47,6 +41,15 @@ def show(lines: list[dict], steps: int, folder: Path) -> str:
     drawn = {name: found[:3] for name, found in effects(kinds).items() if found and found.n > 1}
     plots.effects_figure(drawn, MARGIN, folder / "effects.png")
     return "\n".join(texts)
+
+
+def trend(lines: list[dict]):
+    """A line for each number of steps; only that of the declared test is a test."""
+    for n in sorted({line["steps"] for line in lines}):
+        (a, ours), (b, theirs) = (most(grouped(lines, n), name) for name in ("cartesian", BASE))
+        found = effect(ours, theirs)
+        p = f" (p = {found.p:.2g}, {found.n} pairs)" if found and found.n > 1 else ""
+        yield f"  {n} steps, {a} against {b}: {say(found) or 'no pairs'}{p}"
 
 
 def overview(kinds: dict[str, dict], steps: int) -> str:

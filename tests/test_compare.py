@@ -119,7 +119,8 @@ def test_table(tmp_path, capsys):
     assert ends["hash"].endswith("higher, inside the margin")
     assert {file.name for file in tmp_path.glob("*.png")} == {"effects.png", "robustness.png"}
     base, more, less = ({"each": each, "low": 0.1, "high": 0.2} for each in ([0.5, 0.6], [0.6, 0.8], [0.4, 0.7]))
-    text = gain.compared({"base": base, "NGD": more}, {"base": base, "NGD": less})
+    told = {"runs": ["a-s0", "a-s1"], "seeds": [0, 1]}
+    text = gain.compared(*(told | {"rows": {"base": base, "NGD": ngd}} for ngd in (more, less)))
     assert "+15.0% (+10.0% to +20.0%)  +0.0% (+10.0% to +20.0%)  +15.0% (-48.5% to +78.5%)" in text
 
 

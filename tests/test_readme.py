@@ -25,7 +25,7 @@ def rows(found):
 @pytest.fixture(scope="module")
 def results():
     """All results of eval.py remix."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("remix-*.json")}
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
 
 
 def test_pages_are_filled_from_results(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 INK, BLUE, ORANGE, GREY = "#222222", "#0072B2", "#D55E00", "#9a9a9a"  # told apart by colour-blind readers as well
+LEADING = ("fine_grained", "cartesian")  # drawn wider, where there are many
 COLOURS = (ORANGE, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, GREY)
 
 
@@ -216,7 +217,7 @@ def effects_figure(effects: dict[str, list[float]], margin: float, path: Path | 
     for row, (mean, low, high) in enumerate(effects.values()):
         colour = BLUE if high < 0 else ORANGE if low > 0 else INK
         ax.errorbar(mean, row, xerr=[[mean - low], [high - mean]], color=colour, marker="o", markersize=4, capsize=2)
-    ax.set(yticks=range(len(effects)), xlabel="test perplexity, percent more or less, mean of pairs, 95 % interval")
+    ax.set(yticks=range(len(effects)), xlabel="test perplexity, percent more or less (95 %)")
     ax.set_title(f"Against fine_grained (grey: no difference, {margin:g} %)", fontsize=10, color=INK)
     ax.set_yticklabels(effects)
     ax.invert_yaxis()
@@ -230,13 +231,14 @@ def robustness_figure(points: dict[str, dict], path: Path | None = None):
     marks |= {"not": "v", "noise": "x"}
     for index, (name, found) in enumerate(points.items()):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if index < len(COLOURS) else "--"}
+        style |= {"alpha": 1.0, "linewidth": 2} if name.split()[0] in LEADING else {"alpha": 0.6, "linewidth": 1}
         line = sorted(found[p] for p in found if p[0] == "q" or p in ("intact", "top-1"))
-        ax.plot(*zip(*line, strict=True), **style, linewidth=1, label=name)
+        ax.plot(*zip(*line, strict=True), **style, label=name)
         for protocol, (mass, perplexity) in found.items():
             mark = marks.get(protocol, marks.get(protocol.split()[0], ""))
             size = {"*": 12, ".": 5}.get(mark, 4)
             fill = "none" if mark in "*D" else "full"  # so that what coincides is seen
-            ax.plot(mass, perplexity, mark, color=style["color"], markersize=size, fillstyle=fill)
+            ax.plot(mass, perplexity, mark, color=style["color"], alpha=style["alpha"], markersize=size, fillstyle=fill)
     for protocol, mark in marks.items():
         told = {"not": "all but the first layer", "top-1": "top-1 everywhere (the paper)", "layer": "one layer"}
         told |= {"A": "A only", "B": "B only", "a quarter": "a quarter of a token's experts", "a half": "a half"}

@@ -13,7 +13,7 @@ from lab.claims import RESULTS, claims, stored
 from lab.compare import read
 from lab.contest import figures, main_table, report, sweep_table
 from lab.gain import compared
-from lab.verdict import grouped, overview, show
+from lab.verdict import grouped, overview, show, trend
 from moe import require
 
 ROOT = RESULTS.parent
@@ -43,6 +43,7 @@ def blocks(folder: Path) -> dict:
         "ablation": lambda: sweep_table(stored("remix-skills-dev-ablation")),
         "compare": lambda: show(read(f"{RESULTS}/compare.jsonl"), 2500, folder),
         "gain": lambda: compared(stored("gain-cartesian"), stored("gain-fine_grained")),
+        "trend": lambda: "\n".join(trend(read(f"{RESULTS}/trend.jsonl"))),
         "sweep": lambda: overview(grouped(read(f"{RESULTS}/sweep.jsonl"), 800), 800),
     }
     return {name: lambda text=text: f"```text\n{text().strip()}\n```\n" for name, text in texts.items()} | {

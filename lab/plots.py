@@ -231,7 +231,8 @@ def robustness_figure(points: dict[str, dict], path: Path | None = None):
     marks |= {"not": "v", "noise": "x"}
     for index, (name, found) in enumerate(points.items()):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if index < len(COLOURS) else "--"}
-        style |= {"alpha": 1.0, "linewidth": 2} if name.split()[0] in LEADING else {"alpha": 0.6, "linewidth": 1}
+        leads = name.split()[0] in LEADING and "dropout" not in name
+        style |= {"alpha": 1.0, "linewidth": 2} if leads else {"alpha": 0.6, "linewidth": 1}
         line = sorted(found[p] for p in found if p[0] == "q" or p in ("intact", "top-1"))
         ax.plot(*zip(*line, strict=True), **style, label=name)
         for protocol, (mass, perplexity) in found.items():

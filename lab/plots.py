@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 INK, BLUE, ORANGE, GREY = "#222222", "#0072B2", "#D55E00", "#9a9a9a"  # told apart by colour-blind readers as well
-LEADING = ("fine_grained", "cartesian")  # drawn wider, where there are many
 COLOURS = (ORANGE, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, GREY)
 
 
@@ -224,15 +223,15 @@ def effects_figure(effects: dict[str, list[float]], margin: float, path: Path | 
     return keep(fig, path)
 
 
-def robustness_figure(points: dict[str, dict], path: Path | None = None):
-    """Perplexity against the share of the routing mass that is lost: model -> protocol -> [mass, perplexity]."""
+def robustness_figure(points: dict[str, dict], path: Path | None = None, leading: tuple[str, ...] = ()):
+    """Perplexity against the share of the routing mass that is lost: model -> protocol -> [mass, perplexity]. The
+    leading models, if any, are drawn wider than the others."""
     fig, ax = figure(9, 5.5)
     marks = {"top-1": "*", "rescaled": "P", "A": "<", "B": ">", "a quarter": "s", "a half": "D", "layer": "."}
     marks |= {"not": "v", "noise": "x"}
     for index, (name, found) in enumerate(points.items()):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if index < len(COLOURS) else "--"}
-        leads = name.split()[0] in LEADING and "dropout" not in name
-        style |= {"alpha": 1.0, "linewidth": 2} if leads else {"alpha": 0.6, "linewidth": 1}
+        style |= {"alpha": 0.6 if leading and name not in leading else 1.0, "linewidth": 2 if name in leading else 1}
         line = sorted(found[p] for p in found if p[0] == "q" or p in ("intact", "top-1"))
         ax.plot(*zip(*line, strict=True), **style, label=name)
         for protocol, (mass, perplexity) in found.items():

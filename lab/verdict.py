@@ -46,7 +46,8 @@ def show(lines: list[dict], steps: int, folder: Path) -> str:
 def trend(lines: list[dict]):
     """A line for each number of steps; only that of the declared test is a test."""
     for n in sorted({line["steps"] for line in lines}):
-        (a, ours), (b, theirs) = (most(grouped(lines, n), name) for name in ("cartesian", BASE))
+        kinds = grouped(lines, n)
+        (a, ours), (b, theirs) = (most(kinds, name) for name in ("cartesian", BASE))
         found = effect(ours, theirs)
         p = f" (p = {found.p:.2g}, {found.n} pairs)" if found and found.n > 1 else ""
         yield f"  {n} steps, {a} against {b}: {say(found) or 'no pairs'}{p}"
@@ -128,11 +129,12 @@ def robust(kinds: dict[str, dict], folder: Path) -> list[str]:
     """Two tables, cartesian against BASE with a row for each protocol, and all kinds; and the figure."""
     found = {name: mean([run["robustness"] for run in runs.values()])
              for name, runs in kinds.items() if "robustness" in first(runs)}  # fmt: skip
+    (a, ours), (b, theirs) = (most(kinds, name) for name in ("cartesian", BASE))
     plots.robustness_figure(
         {name: {p: [row["mass"], math.exp(row["loss"])] for p, row in rows.items()} for name, rows in found.items()},
         folder / "robustness.png",
+        leading=(a, b),
     )
-    (a, ours), (b, theirs) = (most(kinds, name) for name in ("cartesian", BASE))
     lines = []
     for protocol in found.get(a, {}):
         cells = [found.get(name, {}).get(protocol) for name in (b, a)]

@@ -24,7 +24,7 @@ def rows(found):
 
 @pytest.fixture(scope="module")
 def results():
-    """All results of eval.py remix."""
+    """All results that a command wrote as JSON."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
 
 

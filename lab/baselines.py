@@ -459,9 +459,8 @@ def main(argv) -> int:
     for name, tries in tqdm(asked.items(), desc="methods", leave=False, disable=None):
         shares = [np.mean([float(arena.right(METHODS[name](arena, **one))) for arena in arenas]) for one in tries]
         best = int(np.argmax(shares))
-        rows.append(
-            [name, f"{shares[best]:.1%}", str(tries[best]), "  ".join(f"{100 * share:.1f}" for share in shares)]
-        )
+        told = "  ".join(f"{100 * share:.1f}" for share in shares)
+        rows.append([name, f"{shares[best]:.1%}", str(tries[best]), told])
     base = np.mean([float(arena.right(plain(arena, arena.model))) for arena in arenas])
     rows.insert(0, ["base", f"{base:.1%}", "", ""])
     print(cli.table(rows, header=["on dev", "best", "with", "all tries (%), in the order of TRIES"], left=3))

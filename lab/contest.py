@@ -157,9 +157,8 @@ def subset_table(inside: dict[str, dict], sizes: dict[str, float]) -> str:
         for name in ("base", *(name for name in SHOWN if name in rows)):
             row = rows[name]
             gain = ["", ""] if name == "base" else [f"{row['gain']:+.1%}", f"{row['low']:+.1%} to {row['high']:+.1%}"]
-            lines.append(
-                [f"{part} ({sizes[part]:.0%})" if name == "base" else "", name, f"{row['accuracy']:.1%}", *gain]
-            )
+            told = f"{part} ({sizes[part]:.0%})" if name == "base" else ""
+            lines.append([told, name, f"{row['accuracy']:.1%}", *gain])
     return cli.table(lines, header=["on a part of the prompts", "", "accuracy", "gain", "95 % interval"], left=2)
 
 

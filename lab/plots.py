@@ -32,9 +32,8 @@ def loss_figure(log: list[dict], floor: float, name: str, path: Path | None = No
     scored = "accuracy" in dev[0]
     fig, axes = figure(8.5 if scored else 5.5, 3.2, ncols=2 if scored else 1, squeeze=False)
     ax = axes[0, 0]
-    ax.plot(
-        steps[1:], [line["train_loss"] for line in log[1:]], color=BLUE, label="training, mean since the last point"
-    )
+    means = [line["train_loss"] for line in log[1:]]
+    ax.plot(steps[1:], means, color=BLUE, label="training, mean since the last point")
     ax.plot(steps, [d["loss"] for d in dev], color=ORANGE, marker="o", markersize=3, label="held-out (dev)")
     ax.axhline(floor, color=GREY, linestyle=":", label="uniform guess")
     ax.set(title=f"Cross-entropy, {name}", xlabel="step", ylabel="nats per token", ylim=(0, None))
@@ -134,9 +133,7 @@ def oracle_figure(steps: list[int], reach: dict[str, list[float]], title: str, p
     fig, ax = figure(5.5, 3.2)
     for (name, shares), colour in zip(reach.items(), (ORANGE, BLUE), strict=True):
         target = "the right label (oracle)" if name == "oracle" else "a random wrong label (its null)"
-        ax.plot(
-            steps, [100 * share for share in shares], color=colour, marker="o", markersize=3, label=f"towards {target}"
-        )
+        ax.plot(steps, [100 * share for share in shares], "o-", color=colour, markersize=3, label=f"towards {target}")
     ax.set(xlabel="steps of gradient descent", ylabel="prompts that get there (%)", ylim=(0, 102), xticks=steps)
     ax.set_title(title, color=INK, fontsize=10)
     ax.legend(fontsize=8, frameon=False, loc="center right")
@@ -185,10 +182,8 @@ def example_figure(losses: dict[str, np.ndarray], answers: dict[str, np.ndarray]
 
 def sweeps_figure(found: dict[str, dict], title: str, path: Path | None = None):
     """The gain of NGD with one setting varied at a time, a panel each, with 95 % intervals."""
-    columns = 3
-    fig, axes = figure(
-        9.5, 2.7 * -(-len(found) // columns), nrows=-(-len(found) // columns), ncols=columns, sharey=True
-    )
+    n = -(-len(found) // 3)  # rows of panels
+    fig, axes = figure(9.5, 2.7 * n, nrows=n, ncols=3, sharey=True)
     for ax in axes.flat[len(found) :]:
         ax.set_visible(False)
     for ax, (what, rows) in zip(axes.flat, found.items(), strict=False):
@@ -208,7 +203,7 @@ def sweeps_figure(found: dict[str, dict], title: str, path: Path | None = None):
     return keep(fig, path)
 
 
-def effects_figure(effects: dict[str, list[float]], margin: float, path: Path | None = None):
+def effects_figure(effects: dict[str, list[float]], margin: float, title: str, path: Path | None = None):
     """Effects in percent, with their intervals: name -> [mean, low, high]; grey: within the margin, no difference."""
     fig, ax = figure(6.5, 1.2 + 0.28 * len(effects))
     ax.axvspan(-margin, margin, color=GREY, alpha=0.25, linewidth=0)
@@ -217,7 +212,7 @@ def effects_figure(effects: dict[str, list[float]], margin: float, path: Path | 
         colour = BLUE if high < 0 else ORANGE if low > 0 else INK
         ax.errorbar(mean, row, xerr=[[mean - low], [high - mean]], color=colour, marker="o", markersize=4, capsize=2)
     ax.set(yticks=range(len(effects)), xlabel="test perplexity, percent more or less (95 %)")
-    ax.set_title(f"Against fine_grained (grey: no difference, {margin:g} %)", fontsize=10, color=INK)
+    ax.set_title(f"{title} (grey: no difference, {margin:g} %)", fontsize=10, color=INK)
     ax.set_yticklabels(effects)
     ax.invert_yaxis()
     return keep(fig, path)
@@ -274,9 +269,8 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
             third.bar(place, visited or 0, color=GREY if name == "share neither" else BLUE, width=0.7)
             third.plot(place, every, "o", color=ORANGE, markersize=4)
         third.set(xticks=range(len(row["alike"])), ylim=(min(0, third.get_ylim()[0]), 1.05), ylabel="mean cosine")
-        third.set_xticklabels(
-            [name.replace(", ", ",\n").replace("share ", "share\n") for name in row["alike"]], fontsize=6
-        )
+        names = [name.replace(", ", ",\n").replace("share ", "share\n") for name in row["alike"]]
+        third.set_xticklabels(names, fontsize=6)
     fig.colorbar(shade, ax=list(axes[:4, 0]), label="visits (%)", pad=0.01)
     fig.colorbar(ratios, ax=list(axes[:4, 1]), label="log2 of use /\nproduct of margins", pad=0.01)
     note = "bars: outputs of composed experts that the token visits; dots: of all"

@@ -103,10 +103,8 @@ def robustness(model, data, split: str = "test", most: int | None = 128) -> dict
 
 def robustness_table(rows: dict[str, dict]) -> str:
     """A line for each protocol."""
-    lines = [
-        (name, f"{row['perplexity']:.2f}", *(f"{row[share]:.1%}" for share in ("experts", "mass")))
-        for name, row in rows.items()
-    ]
+    shares = ("experts", "mass")
+    lines = [(name, f"{row['perplexity']:.2f}", *(f"{row[x]:.1%}" for x in shares)) for name, row in rows.items()]
     return cli.table(lines, header=["disabled", "perplexity", "experts lost", "routing mass lost"])
 
 

@@ -82,9 +82,7 @@ def sharing(model, data, split: str = "test", most: int = 64, compared: int = 25
     information of its parts and what shuffled tokens show, its bound, and the cosines of `alike` on some tokens.
     ValueError for a model of another kind."""
     composes = getattr(model.config, "layer", "moe") == "cartesian" and len(model.routers()) > 0
-    require(
-        composes, "this model composes no experts: sharing asks for two routed sub-layers, as in --preset cartesian"
-    )
+    require(composes, "this model composes no experts: sharing asks for two routed sub-layers, as in preset cartesian")
     blocks = [i for i, block in enumerate(model.blocks) if len(block.ffns) == 2]
     streams = {i: ([], []) for i in blocks}  # what enters A, and what enters B
     hooks = [

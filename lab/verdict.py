@@ -32,25 +32,37 @@ class Effect(NamedTuple):
 def show(lines: list[dict], steps: int, folder: Path) -> str:
     """The report on the runs of so many steps; figures go to the folder."""
     kinds = grouped(lines, steps)
-    texts = [overview(kinds, steps), LEGEND, "", TEST, *trend(lines), "", *robust(kinds, folder)]
+    texts = [overview(kinds, steps), LEGEND, "", TEST, *trend(lines), *dropped(kinds), "", *robust(kinds, folder)]
     for name, runs in kinds.items():
         shared = [run["sharing"] for run in runs.values() if "sharing" in run]
         texts += [f"\n{name}: mean of {len(shared)} runs", sharing_table(mean(shared))] if shared else []
         if shared and name == most(kinds, "cartesian")[0]:
             plots.sharing_figure(shared[0], f"Composed experts: {name}, one run", folder / "sharing.png")
     drawn = {name: found[:3] for name, found in effects(kinds).items() if found and found.n > 1}
-    plots.effects_figure(drawn, MARGIN, folder / "effects.png")
+    plots.effects_figure(drawn, MARGIN, f"Against {BASE}", folder / "effects.png")
     return "\n".join(texts)
 
 
-def trend(lines: list[dict]):
-    """A line for each number of steps; only that of the declared test is a test."""
+def by_steps(lines: list[dict]):
+    """Cartesian against BASE, for each number of steps: it, the names of their kinds, the effect."""
     for n in sorted({line["steps"] for line in lines}):
-        kinds = grouped(lines, n)
-        (a, ours), (b, theirs) = (most(kinds, name) for name in ("cartesian", BASE))
-        found = effect(ours, theirs)
+        (a, ours), (b, theirs) = (most(grouped(lines, n), name) for name in ("cartesian", BASE))
+        yield n, a, b, effect(ours, theirs)
+
+
+def trend(lines: list[dict]):
+    """A line for each number of steps; only that of a declared test is a test."""
+    for n, a, b, found in by_steps(lines):
         p = f" (p = {found.p:.2g}, {found.n} pairs)" if found and found.n > 1 else ""
         yield f"  {n} steps, {a} against {b}: {say(found) or 'no pairs'}{p}"
+
+
+def dropped(kinds: dict[str, dict]):
+    """A line for each kind with dropout, against the same without; these are no tests."""
+    for name, runs in kinds.items():
+        if first(runs)["dropout"]:
+            bare, theirs = most(kinds, first(runs)["preset"])
+            yield f"  {name} against {bare}: {say(effect(runs, theirs)) or 'no pairs'}"
 
 
 def overview(kinds: dict[str, dict], steps: int) -> str:

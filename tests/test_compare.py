@@ -103,17 +103,19 @@ def line(preset, seed, loss, **changes):
 
 
 def test_table(tmp_path, capsys):
-    """Effects in pairs, by hand: lower, no difference, cannot be told; the declared test; other steps; figures."""
+    """Effects in pairs, by hand, and what they allow to say; the declared test; other steps; dropout; figures."""
     gaps = {"cartesian": (-0.02, -0.03, -0.04), "smoe_share": (0.001, 0.002, 0.0), "top_p": (0.1, -0.1, 0.0)}
     gaps["hash"] = (0.002, 0.003, 0.0025)
     lines = [line("fine_grained", seed, 2 + seed) for seed in range(3)] + [line("cartesian", 0, 3.0, steps=9)]
     lines += [line(name, seed, 2 + seed + gap) for name, each in gaps.items() for seed, gap in enumerate(each)]
+    lines += [line("cartesian", seed, 2.07 + seed, dropout=0.1) for seed in range(2)]
     (tmp_path / "r").write_text("\n".join([*lines, line("dense", 9, 2.0).replace("robustness", "-")]))
     assert compare.main(["table", "--steps", "5", f"--results={tmp_path / 'r'}"]) == 0
     half = 4.30265 * 0.01 / math.sqrt(3)  # Student's t with two degrees of freedom
     text, (low, middle, high) = capsys.readouterr().out, [100 * math.expm1(-0.03 + x) for x in (-half, 0, half)]
     assert text.count(f"{middle:+.2f} % ({low:+.2f} to {high:+.2f}): lower") == 4  # table, test, two protocols
     assert "p = 0.035, 3 pairs" in text and "9 steps, cartesian lr 0.01 against none: no pairs" in text
+    assert f"dropout 0.1 against cartesian lr 0.01: {100 * math.expm1(0.095):+.2f} % (+3.20" in text
     ends = {row.split()[0]: row for row in reversed(text.splitlines()) if row}
     assert ends["smoe_share"].endswith("no difference") and ends["top_p"].endswith("cannot be told here")
     assert ends["hash"].endswith("higher, inside the margin")

@@ -110,8 +110,8 @@ class Pairs(Chain):
         each = A.experts(z.repeat_interleave(K, 0), z.new_ones(N * K, 1), p.experts.view(-1, 1)).view(N, K, -1)
         total = p.weights.sum(1)[:, None, None]  # (N, 1, 1)
         s = p.weights[..., None] / total  # (N, K, 1), the sum over K is 1
-        base = x if A.shared is None else x + A.shared(z)
-        u_each = base[:, None] + total * each  # (N, K, D) x + A(z), had each A_i got all of the weight
+        base = x if A.shared is None else x + self.dropout(A.shared(z))
+        u_each = base[:, None] + self.dropout(total * each)  # (N, K, D) x + A(z), had each A_i got all of the weight
         u = (s * u_each).sum(1)  # (N, D) x + A(z)
         q = B.router(self.norm_B(u), flow)
         weights = (s * q.weights[:, None]).flatten(0, 1)  # (N, K, K) -> (N*K, K)
@@ -247,15 +247,21 @@ def preset(name: str, base: MoEConfig) -> CartesianConfig:
     if matches(name, base):
         return PRESETS[name](base)
     moved = ((f, getattr(base, f) + s * n) for n in range(1, 17) for s in (-1, 1) for f in ("d_expert", "n_experts"))
-    near = (f"{f} {n}" for f, n in moved if n > 2 * base.top_k and matches(name, replace(base, **{f: n})))
+    tries = [{f: n} for f, n in moved if n > 2 * base.top_k]
+    tries += [dict.fromkeys(("d_expert", "d_shared"), max(base.d_expert, base.d_shared) * n // 4) for n in range(4, 64)]
+    near = next((sizes for sizes in tries if matches(name, base, **sizes)), None)
+    hint = f"try {' and '.join(f'{f} {n}' for f, n in near.items())}" if near else "nor does it at sizes near these"
     found = f"n_experts {base.n_experts}, d_expert {base.d_expert}, d_shared {base.d_shared}"
-    hint = "d_shared = d_expert" + ", and larger" * (base.d_shared == base.d_expert)
-    raise ValueError(f"{name} cannot match fine_grained's size at {found}; try {next(near, hint)}")
+    raise ValueError(f"{name} cannot match fine_grained's size at {found}; {hint}")
 
 
-def matches(name: str, base: MoEConfig) -> bool:
-    """Whether a preset has the parameters that it is meant to have."""
-    ours, theirs = counts(PRESETS[name](base)), counts(fine(base))
+def matches(name: str, base: MoEConfig, **sizes) -> bool:
+    """Whether a preset has the parameters that it is meant to have, at other sizes perhaps."""
+    try:
+        base = replace(base, **sizes)
+        ours, theirs = counts(PRESETS[name](base)), counts(fine(base))
+    except ValueError:
+        return False  # of experts without width, or fewer than a token visits
     return all(abs(ours[i] / theirs[i] - 1) < 0.01 for i in MEANT.get(name, (0, 1)))
 
 
@@ -271,4 +277,7 @@ if __name__ == "__main__":
         print(f"\n{sizes['n_layers']} layers of width {sizes['d_model']:<11}  parameters     activated")
         for name in PRESETS:
             total, active = counts(preset(name, MoEConfig(**sizes)))
-            print(f"{name:24}{total:14,}{active:14,}{' at most: it depends on the data' if name == 'top_p' else ''}")
+            more = active / counts(preset("fine_grained", MoEConfig(**sizes)))[1] - 1
+            told = f"{more:+.1%} against fine_grained" if abs(more) > 0.01 else ""
+            told = "at most: it depends on the data" if name == "top_p" else told
+            print(f"{name:24}{total:14,}{active:14,}  {told}".rstrip())

@@ -196,7 +196,7 @@ def robustness_task(folder, model, data, split) -> int:
 def sharing_task(folder, model, data, split) -> int:
     """Which experts of A and B a Cartesian model composes, and how alike those are that share one of them."""
     rows, path = sharing(model, data, split), folder / f"sharing-{split}.png"
-    print(sharing_table(rows))
+    print(sharing_table([rows]))
     print(
         "\ninformation: what a token's choice in A tells of that in B, in nats; shuffled: what that would be by chance;"
     )

@@ -93,7 +93,7 @@ def main(argv=None) -> int:
     given = parser.parse(argv)
     train, sizes = resumed(given) if given.get("resume") else fresh(given)
     if sizes.top_k == 1 and sizes.norm_topk and train.model == "moe":
-        raise cli.Usage("top_k 1 with norm_topk: the router gets no gradient; use --no-norm-topk or --top-k 2")
+        raise cli.Usage("top_k 1 with norm_topk: the router gets no gradient; use --no-norm-topk")
     train.threads = train.threads or torch.get_num_threads()
     torch.set_num_threads(train.threads)
     names = ("moe", "dense") if train.twin else (train.model,)

@@ -419,16 +419,13 @@ def arena_of(folder: Path, split: str, most: int | None = None, given: dict | No
     if isinstance(data, SkillsTask):
         prompts, known = data.prompts(split), data.prompts("reference")
         seen = torch.cat([data.batch(step, 64)[0] for step in range(40)]).view(-1, 5)[:, :4]  # (n, 20) -> (4n, 4)
-        references = ReferenceSet.build(
-            model, known.tokens, known.labels, corpus=seen, token=given.get("token", "last")
-        )
+        which = {"corpus": seen, "token": given.get("token", "last")}
+        references = ReferenceSet.build(model, known.tokens, known.labels, **which)
         kept = torch.randperm(len(prompts.labels), generator=draw)[:most].sort().values
         about = Prompts(*(tensor[kept] for tensor in prompts))
         shared = (about.tokens[:, None, 1:3] == known.tokens[:, 1:3]).any(-1) if strict else None  # (n, m)
-        config, allowed = RemixConfig(**given), None if shared is None else ~shared
-        return Arena(
-            model, about.tokens, about.labels, references, config, allowed=allowed, about=about, tuned=CHOSEN, seed=seed
-        )
+        rest = {"allowed": None if shared is None else ~shared, "about": about, "tuned": CHOSEN, "seed": seed}
+        return Arena(model, about.tokens, about.labels, references, RemixConfig(**given), **rest)
     require(not strict, f"{folder}: only prompts of the skills task have operands")
     prompts, known = (cloze(data, part) for part in (split, "train"))
     require(len(prompts) > 19, f"{folder}: only {len(prompts)} stories of {split} end with a word of one token")

@@ -29,10 +29,8 @@ def write(path: Path, data: bytes):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        reason = (
-            f"could not write {path} ({len(data) / 1e6:.1f} MB): {error.strerror}; what was saved before is untouched"
-        )
-        raise OSError(reason) from error
+        what = f"{path} ({len(data) / 1e6:.1f} MB)"
+        raise OSError(f"could not write {what}: {error.strerror}; what was saved before is untouched") from error
 
 
 def save(folder: Path, model, optimizer, step: int, settings: dict, log: list[dict], recent: list[float]):

@@ -122,9 +122,8 @@ def rows(item: Item, tokenizer, form: str, shots=(), context: int = 4096) -> lis
     found, front = [], "".join("".join(pairs(shot, form)[shot.answer]) + "\n\n" for shot in shots)
     for text, end in pairs(item, form):
         whole, head = (tokenizer.encode(front + each).ids for each in (text + end, text))
-        first = next(
-            (i for i, (a, b) in enumerate(zip(whole, head, strict=False)) if a != b), min(map(len, (whole, head)))
-        )
+        both = zip(whole, head, strict=False)
+        first = next((i for i, (a, b) in enumerate(both) if a != b), min(len(whole), len(head)))
         cut = max(0, len(whole) - 1 - context)
         require(cut < first < len(whole), f"{end!r:.80} does not fit into a context of {context} tokens")
         found.append(Row(whole[cut:-1], [[(i - 1 - cut, whole[i]) for i in range(first, len(whole))]]))

@@ -33,6 +33,7 @@ from moe import MoEConfig, require
 SAME = ("data", "tokenizer", "device")  # runs that differ in these, or in other settings, are not compared
 SIZES = ("d_model", "n_layers", "context", "vocab_size")  # nor those that differ in these
 FREE = {"preset", "seed", "lr", "steps", "eval_every", *SAME}  # settings that may differ, or are said elsewhere
+RUN = (*KIND, "seed", "steps", *SAME)  # what tells one run from another
 
 
 @dataclass
@@ -55,8 +56,8 @@ class Plan:
     def __post_init__(self):
         parts = [part.split("-") for part in self.seeds.split(",")]
         whole = all(end.isdigit() for part in parts for end in part)
-        require(whole, f"seeds are {self.seeds!r}; expected numbers, such as 0-12 or 0,5")
-        self.each_seed = [seed for part in parts for seed in range(int(part[0]), int(part[-1]) + 1)]
+        self.each_seed = [s for part in parts for s in range(int(part[0]), int(part[-1]) + 1)] if whole else []
+        require(self.each_seed, f"seeds are {self.seeds!r}; expected numbers, such as 0-12 or 0,5")
         self.names = self.presets.split(",")
         for name in self.names:
             require(name in PRESETS, f"no preset is called {name!r}{cli.nearest(name, PRESETS)}")
@@ -157,10 +158,14 @@ def read(path: str) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             lines[number - 1] = found = json.loads(line)
-            missing = {*SAME, *KIND, "seed", "steps", "test", "settings"} - found.keys()
+            missing = {*RUN, "total", "activated", "step", "train", "dev", "test", "settings"} - found.keys()
+            missing = missing or {"model", "train"} - found["settings"].keys() or {found["preset"]} - PRESETS.keys()
         except (ValueError, AttributeError):
-            missing = "all of JSON"
-        require(not missing, f"{path}: line {number} is no run of lab.compare (it lacks {missing}); take it out")
+            missing = {"an object of JSON"}
+        told = f"{path}: line {number} is no run of lab.compare (missing or unknown: {', '.join(missing)}); take it out"
+        require(not missing, told)
+        twice = any(all(line[x] == found[x] for x in RUN) for line in lines[: number - 1])
+        require(not twice, f"{path}: line {number} is a run that another line has; take one of them out")
     return lines
 
 

@@ -249,9 +249,8 @@ def figures(found: dict, stem: str) -> list[Path]:
     paths, title = [Path(f"{stem}{part}.png") for part in ("", "-oracle", "-pathway")], found["title"]
     plots.methods_figure(found["rows"], f"Accuracy by method: {title}", paths[0])
     way, last = dict(found["reach"]), found["example"]
-    plots.oracle_figure(
-        way.pop("steps"), way, f"Where ten steps lead: {title.split(',')[-1].strip()}, one seed", paths[1]
-    )
+    where = f"Where ten steps lead: {title.split(',')[-1].strip()}, one seed"
+    plots.oracle_figure(way.pop("steps"), way, where, paths[1])
     shares = "P(right answer) goes from {:.0%} to {:.0%}".format(*last["right"])
     text = f"The prompt that NGD helps most (tokens {' '.join(map(str, last['tokens']))}): {shares}"
     panels = {name: np.array(w) for name, w in [*last["panels"].items()][:3]}  # of the neighbours the nearest

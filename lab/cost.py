@@ -45,13 +45,9 @@ def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str
     one = (steps + 1) * last * layer + steps * back  # a pair, one token
     heads = (2 * steps + 1) * head
     naive = T * ((steps + 1) * sizes.n_layers * layer + steps * back) + heads
-    names = (
-        "candidate steps",
-        "  with the output layer",
-        "neighbours' prefixes, if none is kept",
-        "naive: full forwards",
-    )
-    return {name: k * cost / (base + head) for name, cost in zip(names, (one, one + heads, base, naive), strict=True)}
+    costs = {"candidate steps": one, "  with the output layer": one + heads}
+    costs |= {"neighbours' prefixes, if none is kept": base, "naive: full forwards": naive}
+    return {name: k * cost / (base + head) for name, cost in costs.items()}
 
 
 def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.float32, rounds: int = 3):

@@ -226,9 +226,8 @@ def one_token():
         ax.text(0.75, 0.65 + 0.7 * layer, f"layer {layer}", ha="right", va="center", fontsize=9, color=INK)
     arrow(ax, (5.3, 2.96), (5.3, 3.3), ORANGE)
     ax.text(5.95, 2.05, "anew for every\ncandidate pathway", va="center", fontsize=9, color=ORANGE)
-    ax.text(
-        5.95, 0.65, "grey: computed once\n(here layer 1 is the first\nthat the pathway covers)", va="center", fontsize=9
-    )
+    text = "grey: computed once\n(here layer 1 is the first\nthat the pathway covers)"
+    ax.text(5.95, 0.65, text, va="center", fontsize=9)
     return fig
 
 
@@ -250,10 +249,8 @@ def triangle_figure(panels: dict, grid, tracks: dict, points: dict, ends: dict):
     and where each method went and ended, tracks: name -> (steps, 3), (3,). On the first panel also the pathways (m, 3)
     of references, by the names in DOTS; on the others what became of the ends, name -> text."""
     fig, axes = figure(4.5 * len(panels), 5.3, ncols=len(panels), squeeze=False)
-    corners, halo = (
-        np.array([[0, 0], [1, 0], [0.5, 0.75**0.5]]),
-        patheffects.withStroke(linewidth=3, foreground="white"),
-    )
+    corners = np.array([[0, 0], [1, 0], [0.5, 0.75**0.5]])
+    halo = patheffects.withStroke(linewidth=3, foreground="white")
     levels, shades = np.linspace(0, np.max([*panels.values()]), 13), colormaps["YlGnBu"](np.linspace(0, 0.72, 12))
     for ax, (name, losses) in zip(axes[0], panels.items(), strict=True):
         ax.tricontourf(*(grid @ corners).T, losses, levels=levels, colors=shades)

@@ -34,15 +34,13 @@ def main(argv=None) -> int:
     known = sorted(FOLDER.glob("*.py"))
     chosen = [path for path in known if path.name.startswith(tuple(args["names"]) or "")]
     if not chosen:
-        raise cli.Usage(
-            f"no notebook begins with {' or '.join(args['names'])}; there are {', '.join(p.stem for p in known)}"
-        )
+        there = ", ".join(path.stem for path in known)
+        raise cli.Usage(f"no notebook begins with {' or '.join(args['names'])}; there are {there}")
     with ProcessPoolExecutor(2) as pool:
         for path, (text, seconds) in zip(chosen, pool.map(execute, chosen), strict=True):
             size = len(text.encode())
-            print(
-                f"{path.name:32} {seconds:3.0f} s of {SECONDS}, {size / 1000:4.0f} kB of {BYTES / 1000:.0f}", flush=True
-            )
+            cost = f"{seconds:3.0f} s of {SECONDS}, {size / 1000:4.0f} kB of {BYTES / 1000:.0f}"
+            print(f"{path.name:32} {cost}", flush=True)
             slow += [path.name] if seconds > SECONDS or size > BYTES else []
             if not args["check"]:
                 path.with_suffix(".ipynb").write_text(text, encoding="utf-8")

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from lab.sharing import ratios
+
 INK, BLUE, ORANGE, GREY = "#222222", "#0072B2", "#D55E00", "#9a9a9a"  # told apart by colour-blind readers as well
 COLOURS = (ORANGE, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, GREY)
 
@@ -114,15 +116,13 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
         colour = ORANGE if name in ("NGD", "kernel regression", "mode finding") else GREY if name == "oracle" else BLUE
         ax.plot([base + row["low"], min(base + row["high"], 100)], [place, place], color=colour, linewidth=2)
         ax.plot(row["accuracy"], place, "o", color=colour, markersize=5)
-        ax.annotate(
-            f"{row['accuracy']:.1f}", (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
-        )
+        frame = ("axes fraction", "data")
+        ax.annotate(f"{row['accuracy']:.1f}", (1.01, place), xycoords=frame, va="center", fontsize=8)
     ax.axvline(base, color=INK, linewidth=1, linestyle=":", label="the model as it is")
     for colour, label in ((ORANGE, "C3PO"), (BLUE, "controls and rivals"), (GREY, "the oracle: sees the label")):
         ax.plot([], [], "o", color=colour, markersize=5, label=label)
-    ax.legend(
-        fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.04), ncols=4, borderpad=0, handletextpad=0
-    )
+    above = {"loc": "lower left", "bbox_to_anchor": (0, 1.04), "ncols": 4}
+    ax.legend(fontsize=8, frameon=False, borderpad=0, handletextpad=0, **above)
     ax.set(yticks=list(places), yticklabels=names, xlabel="accuracy (%), with the 95 % interval of the gain over base")
     fig.suptitle(title, color=INK, fontsize=10)
     return keep(fig, path)
@@ -145,9 +145,8 @@ def pathway_figure(panels: dict[str, np.ndarray], rows: list[str], title: str, p
     R, E = next(iter(panels.values())).shape
     fig, axes = figure(1.0 + 2.3 * len(panels), 1.5 + 0.22 * R, ncols=len(panels), squeeze=False)
     for ax, (name, pathway) in zip(axes[0], panels.items(), strict=True):
-        image = ax.imshow(
-            100 * pathway, cmap="magma_r", vmin=0, vmax=100 * max(w.max() for w in panels.values()), aspect="auto"
-        )
+        top = 100 * max(w.max() for w in panels.values())
+        image = ax.imshow(100 * pathway, cmap="magma_r", vmin=0, vmax=top, aspect="auto")
         ax.set(title=name, xlabel="expert", xticks=range(0, E, -(-E // 8)), yticks=range(R))
         ax.title.set_fontsize(9)
         ax.set_yticklabels(rows * (R // len(rows)) if ax is axes[0, 0] else [])
@@ -192,10 +191,8 @@ def sweeps_figure(found: dict[str, dict], title: str, path: Path | None = None):
             ax.plot([place, place], [100 * row["low"], 100 * row["high"]], color=BLUE, linewidth=2)
         ax.plot(places, [100 * row["gain"] for row in rows.values()], "o", color=BLUE, markersize=4)
         ax.axhline(0, color=INK, linewidth=1, linestyle=":")
-        tilt = max(map(len, rows)) > 4
-        ax.set_xticks(
-            list(places), list(rows), fontsize=7, rotation=25 if tilt else 0, ha="right" if tilt else "center"
-        )
+        tilt = {"rotation": 25, "ha": "right"} if max(map(len, rows)) > 4 else {}
+        ax.set_xticks(list(places), list(rows), fontsize=7, **tilt)
         ax.set_title(what, fontsize=9, color=INK)
     for ax in axes[:, 0]:
         ax.set_ylabel("gain over base (points)", fontsize=8)
@@ -255,12 +252,11 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
     top = max(np.max(row["use"]) for row in rows)
     for (first, second, third), row in zip(axes, rows, strict=True):
         use = np.array(row["use"])  # (E, E)
-        product = use.sum(1, keepdims=True) * use.sum(0)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.log2(use / product)
+        with np.errstate(divide="ignore"):
+            ratio = np.log2(ratios(use)).clip(-3, 3)
         ticks = {axis: range(0, len(use), 1 + len(use) // 8) for axis in ("xticks", "yticks")}
         shade = first.imshow(100 * use, cmap="magma_r", vmin=0, vmax=100 * top)
-        ratios = second.imshow(np.nan_to_num(ratio, neginf=-3), cmap="PuOr_r", vmin=-3, vmax=3)
+        image = second.imshow(ratio, cmap="PuOr_r", vmin=-3, vmax=3)
         more = row["information"] - row["shuffled"]
         first.set(title=f"layer {row['layer']}", xlabel="expert of B", ylabel="expert of A", **ticks)
         second.set(xlabel="expert of B", ylabel="expert of A", **ticks)
@@ -272,7 +268,7 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
         names = [name.replace(", ", ",\n").replace("share ", "share\n") for name in row["alike"]]
         third.set_xticklabels(names, fontsize=6)
     fig.colorbar(shade, ax=list(axes[:4, 0]), label="visits (%)", pad=0.01)
-    fig.colorbar(ratios, ax=list(axes[:4, 1]), label="log2 of use /\nproduct of margins", pad=0.01)
+    fig.colorbar(image, ax=list(axes[:4, 1]), label="log2 of use /\nproduct of margins", pad=0.01)
     note = "bars: outputs of composed experts that the token visits; dots: of all"
     fig.suptitle(f"{title}\n{note}", color=INK, fontsize=10)
     return keep(fig, path)

@@ -46,9 +46,8 @@ def blocks(folder: Path) -> dict:
         "trend": lambda: "\n".join(trend(read(f"{RESULTS}/trend.jsonl"))),
         "sweep": lambda: overview(grouped(read(f"{RESULTS}/sweep.jsonl"), 800), 800),
     }
-    return {name: lambda text=text: f"```text\n{text().strip()}\n```\n" for name, text in texts.items()} | {
-        "claims": claims
-    }
+    shown = {name: lambda text=text: f"```text\n{text().strip()}\n```\n" for name, text in texts.items()}
+    return shown | {"claims": claims}
 
 
 def pages(folder: Path) -> dict[Path, str]:
@@ -72,10 +71,8 @@ def draw(folder: Path):
     for name in ("skills", "stories"):
         special = {key: np.array(value) for key, value in stored(f"routing-{name}").items()}
         shares, load, kinds, places = (special[key] for key in ("shares", "load", "kinds", "places"))
-        title = f"Which expert does what: {name}, one seed"
-        plots.routing_figure(
-            shares[:, :12], load, list(kinds[:12]), list(places), title, folder / f"routing-{name}.png"
-        )
+        told = (list(kinds[:12]), list(places), f"Which expert does what: {name}, one seed")
+        plots.routing_figure(shares[:, :12], load, *told, folder / f"routing-{name}.png")
 
 
 if __name__ == "__main__":

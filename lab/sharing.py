@@ -1,14 +1,17 @@
 """What sharing means in a Cartesian model: which composed experts (A_i, B_j) tokens visit, and how alike they are.
 
 A block has E x E composed experts, made of 2 E parts. Were a token's two choices independent, the use of (A_i, B_j)
-would be the product of its margins: their mutual information says how far it is from that. And composed experts that
-share a part should answer more alike than those that share none.
+would be the product of its margins: their mutual information says how far it is from that. Composed experts that share
+a part answer more alike than those that share none, whatever the parts: where these have nothing to do with each other
+and weigh the same, the cosines are 0.5 and 0. What tells is the last of them, how much B_j's part depends on the A_i
+before it.
 
 The letters in the shape comments are those of moe.py; here N tokens, and E experts in each of A and B.
 """
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -111,14 +114,21 @@ def sharing(model, data, split: str = "test", most: int = 64, compared: int = 25
     return rows
 
 
-def sharing_table(rows: list[dict]) -> str:
-    """A line for each block."""
+def ratios(use):
+    """How often each composed expert is visited, use (E, E), over the product of its margins (E, E)."""
+    use = np.array(use)
+    return use / np.maximum(use.sum(1, keepdims=True) * use.sum(0), 1e-12)
+
+
+def sharing_table(runs: list[list[dict]]) -> str:
+    """A line for each block, means over runs. Use: what the middle 90 % of the composed experts have of `ratios`."""
     lines = []
-    for row in rows:
-        more = row["information"] - row["shuffled"]
-        cells = [f"{row['information']:.4f}", f"{row['shuffled']:.4f}", f"{more / row['most']:.1%}"]
-        for pair in row["alike"].values():
-            cells.append(" / ".join("-" if cosine is None else f"{cosine:.2f}" for cosine in pair))
-        lines.append([f"layer {row['layer']:g}", *cells])
-    heads = ["", "information", "shuffled", "more, of ln(N/K)", *ALIKE]
-    return cli.table(lines, header=heads)
+    for each in zip(*runs, strict=True):
+        found, null, most = (np.mean([row[key] for row in each]) for key in ("information", "shuffled", "most"))
+        low, high = np.mean([np.quantile(ratios(row["use"]), [0.05, 0.95]) for row in each], axis=0)
+        cells = [f"{found:.4f}", f"{null:.4f}", f"{(found - null) / most:.1%}" if most else "-"]
+        for name in ALIKE:
+            pair = zip(*(row["alike"][name] for row in each), strict=True)  # among the visited, among all
+            cells.append(" / ".join("-" if None in cosines else f"{np.mean(cosines):.2f}" for cosines in pair))
+        lines.append([f"layer {each[0]['layer']}", *cells[:3], f"{low:.2f} to {high:.2f}", *cells[3:]])
+    return cli.table(lines, header=["", "information", "shuffled", "more, of ln(N/K)", "use / product", *ALIKE])

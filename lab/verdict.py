@@ -16,7 +16,10 @@ Declared before any run: cartesian has a lower test perplexity than {BASE}, each
 of 2500 steps, paired t-test, two-sided; "no difference" only where the 95 % interval is inside +-{MARGIN} %."""
 KIND = ("preset", "lr", "norm_topk", "dropout")  # runs alike in these differ in their seed alone
 SHOWN = ("runs", "parameters", "activated", "step", "dev", "test", "bits/byte", "gap", "cloze")
-LEGEND = f"step: a training step's time / {BASE}'s; gap: nats, test - training text; (95 % interval of the pairs)"
+LEGEND = f"""\
+step: a training step's time / {BASE}'s; gap: nats, test - training text; (95 % interval of the pairs); effects in pairs
+of the same seed and dropout. Robustness: on the first 128 windows of the test split"""
+CONTRASTS = "Not declared, and so no tests: what a change to a preset does"
 
 
 class Effect(NamedTuple):
@@ -32,10 +35,11 @@ class Effect(NamedTuple):
 def show(lines: list[dict], steps: int, folder: Path) -> str:
     """The report on the runs of so many steps; figures go to the folder."""
     kinds = grouped(lines, steps)
-    texts = [overview(kinds, steps), LEGEND, "", TEST, *trend(lines), *dropped(kinds), "", *robust(kinds, folder)]
+    texts = [overview(kinds, steps), LEGEND, "", TEST, *trend(lines), CONTRASTS, *contrasts(kinds), ""]
+    texts += robust(kinds, folder)
     for name, runs in kinds.items():
         shared = [run["sharing"] for run in runs.values() if "sharing" in run]
-        texts += [f"\n{name}: mean of {len(shared)} runs", sharing_table(mean(shared))] if shared else []
+        texts += [f"\n{name}: mean of {len(shared)} runs", sharing_table(shared)] if shared else []
         if shared and name == most(kinds, "cartesian")[0]:
             plots.sharing_figure(shared[0], f"Composed experts: {name}, one run", folder / "sharing.png")
     drawn = {name: found[:3] for name, found in effects(kinds).items() if found and found.n > 1}
@@ -57,19 +61,21 @@ def trend(lines: list[dict]):
         yield f"  {n} steps, {a} against {b}: {say(found) or 'no pairs'}{p}"
 
 
-def dropped(kinds: dict[str, dict]):
-    """A line for each kind with dropout, against the same without; these are no tests."""
+def contrasts(kinds: dict[str, dict]):
+    """A line for each kind with dropout, against the same without, and for each X_something, against X."""
     for name, runs in kinds.items():
-        if first(runs)["dropout"]:
-            bare, theirs = most(kinds, first(runs)["preset"])
-            yield f"  {name} against {bare}: {say(effect(runs, theirs)) or 'no pairs'}"
+        own, dropout = (first(runs)[key] for key in ("preset", "dropout"))
+        parent = own if dropout else next((p for p in PRESETS if own.startswith(f"{p}_")), own)
+        base, theirs = most(kinds, parent)
+        if base not in (name, "none"):
+            yield f"  {name} against {base}: {say(effect(runs, theirs)) or 'no pairs'}"
 
 
 def overview(kinds: dict[str, dict], steps: int) -> str:
     """A line for each kind of run."""
     found = effects(kinds)
     rows = [[name, *summary([*runs.values()]), say(found[name])] for name, runs in kinds.items()]
-    return cli.table(rows, header=[f"{steps} steps", *SHOWN, f"perplexity against {BASE}"])
+    return cli.table(rows, header=[f"{steps} steps", *SHOWN, f"perplexity against {most(kinds, BASE)[0]}"])
 
 
 def grouped(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
@@ -88,9 +94,10 @@ def first(runs: dict[int, dict]) -> dict:
 
 
 def most(kinds: dict[str, dict], preset: str, dropout: float = 0.0):
-    """Of the kinds of a preset the one with the most seeds -> (its name, its runs), or ("none", {})."""
+    """The kind of a preset that has the most seeds, then the best dev loss -> (its name, its runs), or ("none", {})."""
     known = [k for k in kinds.items() if (first(k[1])["preset"], first(k[1])["dropout"]) == (preset, dropout)]
-    return max(known, key=lambda kind: len(kind[1]), default=("none", {}))
+    dev = {name: np.mean([run["dev"]["loss"] for run in runs.values()]) for name, runs in known}
+    return max(known, key=lambda kind: (len(kind[1]), -dev[kind[0]]), default=("none", {}))
 
 
 def effect(runs: dict, base: dict, loss=lambda run: run["test"]["loss"]) -> Effect | None:
@@ -123,9 +130,7 @@ def mean(parts: list):
     """The mean of things of one form, number by number."""
     if isinstance(parts[0], dict):
         return {key: mean([part[key] for part in parts]) for key in parts[0]}
-    if isinstance(parts[0], list):
-        return [mean([*each]) for each in zip(*parts, strict=True)]
-    return None if parts[0] is None else float(np.mean(parts))
+    return float(np.mean(parts))
 
 
 def summary(runs: list[dict]) -> list:
@@ -153,8 +158,18 @@ def robust(kinds: dict[str, dict], folder: Path) -> list[str]:
         cells = [f"{math.exp(cell['loss']):.2f} ({cell['mass']:.0%})" if cell else "" for cell in cells]
         gap = effect(ours, theirs, lambda run, p=protocol: run["robustness"][p]["loss"]) if all(cells) else None
         lines.append([protocol, *cells, say(gap)])
+    for mass in (0.1, 0.2, 0.4) if lines and theirs else ():
+        cells = [np.mean([at_mass(run, mass) for run in runs.values()]) for runs in (theirs, ours)]
+        gap = say(effect(ours, theirs, lambda run, mass=mass: at_mass(run, mass)))
+        lines.append([f"{mass:.0%} of the mass", *(f"{math.exp(cell):.2f} ({mass:.0%})" for cell in cells), gap])
     columns = [p for p in max(found.values(), key=len, default={}) if not p.startswith(("q", "noise", "layer"))]
     rows = [[name, *(f"{math.exp(each[p]['loss']):.2f}" if p in each else "" for p in columns)]
             for name, each in found.items()]  # fmt: skip
     heads = ["disabled: perplexity (mass lost)", b, a, "effect"]
     return [cli.table(lines, header=heads), "", cli.table(rows, header=["perplexity, disabled:", *columns])]
+
+
+def at_mass(run: dict, mass: float) -> float:
+    """A run's loss where so much of the routing mass is lost, between the points of q from 0 (intact) to 1 (top-1)."""
+    points = [row for p, row in run["robustness"].items() if p in ("intact", "top-1") or p[0] == "q"]
+    return float(np.interp(mass, *zip(*sorted((row["mass"], row["loss"]) for row in points), strict=True)))

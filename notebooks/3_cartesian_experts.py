@@ -211,7 +211,7 @@ shared = sharing(models["cartesian"], task, "dev")
 plots.sharing_figure(shared, "Composed experts of the skills task (dev), one toy")
 
 # %%
-print(sharing_table(shared))
+print(sharing_table([shared]))
 
 # %% [markdown]
 # Top: how often each composed expert is visited. Middle: more (orange) or less (violet) than the margins foretell; pale

@@ -310,7 +310,11 @@ def test_presets_match():
     [
         (lambda: preset("cartesain", MoEConfig(**TOY)), "no preset is called 'cartesain'; there are dense, dense_two"),
         (lambda: preset("cartesian_k1", MoEConfig(**TOY | {"n_experts": 7})), "fine_grained's .* try n_experts 6"),
-        (lambda: preset("fine_grained_no_shared", MoEConfig(**TOY | {"d_shared": 0})), "try d_shared = d_expert"),
+        (
+            lambda: preset("fine_grained_no_shared", MoEConfig(**TOY | {"d_shared": 0})),
+            "try d_expert 64 and d_shared 64",
+        ),
+        (lambda: preset("cartesian", MoEConfig(**TOY | {"d_expert": 1, "d_shared": 1})), "d_shared 1; try d_expert "),
         (lambda: preset("smoe_top3", MoEConfig(**TOY | {"d_expert": 68, "d_shared": 68})), "d_expert 68, .* try "),
         (lambda: CartesianConfig(layer="product"), "layer is 'product'; expected one of moe, cartesian, parallel"),
         (lambda: CartesianConfig(router="random"), "router is 'random'; expected one of none, softmax"),

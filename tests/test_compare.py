@@ -13,7 +13,7 @@ from test_moe import V, close
 import train_toy
 from lab import compare, gain
 from lab.robust import disturbed, noise, protocols, robustness, without
-from lab.sharing import alike, composed, information, sharing, shuffled
+from lab.sharing import alike, composed, information, ratios, sharing, sharing_table, shuffled
 
 WINDOWS = torch.randint(V, (2, 6, 16), generator=torch.Generator().manual_seed(0))
 DATA = SimpleNamespace(held_out=lambda split, most=None: WINDOWS, token_bytes=torch.ones(V))
@@ -89,6 +89,10 @@ def test_sharing():
     first, second = (torch.nn.functional.one_hot(r.experts, 4).sum(1).float() for r in routing)
     np.testing.assert_allclose(row["use"], first.T @ second / (96 * 4), atol=1e-5)
     assert row["most"] == pytest.approx(math.log(2))
+    use = np.outer([0.2, 0.8], [0.4, 0.6]) + 0.04 * np.array([[1, -1], [-1, 1]])
+    np.testing.assert_allclose(ratios(use), [[1.5, 2 / 3], [0.875, 13 / 12]])
+    uneven = row | {"use": use, "most": 0.0}  # where k = E, there is no bound
+    assert sharing_table([[uneven]] * 2).split("\n")[-1].split()[4:8] == ["-", "0.70", "to", "1.44"]
     with pytest.raises(ValueError, match="this model composes no experts"):
         sharing(small("dense_two"), DATA)
 
@@ -113,10 +117,12 @@ def test_table(tmp_path, capsys):
     assert compare.main(["table", "--steps", "5", f"--results={tmp_path / 'r'}"]) == 0
     half = 4.30265 * 0.01 / math.sqrt(3)  # Student's t with two degrees of freedom
     text, (low, middle, high) = capsys.readouterr().out, [100 * math.expm1(-0.03 + x) for x in (-half, 0, half)]
-    assert text.count(f"{middle:+.2f} % ({low:+.2f} to {high:+.2f}): lower") == 4  # table, test, two protocols
+    told = f"{middle:+.2f} % ({low:+.2f} to {high:+.2f}): lower"
+    assert text.count(told) == 7  # table, test, two protocols, three masses
     assert "p = 0.035, 3 pairs" in text and "9 steps, cartesian lr 0.01 against none: no pairs" in text
     assert f"dropout 0.1 against cartesian lr 0.01: {100 * math.expm1(0.095):+.2f} % (+3.20" in text
     ends = {row.split()[0]: row for row in reversed(text.splitlines()) if row}
+    assert ends["20%"].split()[4:8] == [f"{math.exp(3.2):.2f}", "(20%)", f"{math.exp(3.17):.2f}", "(20%)"]
     assert ends["smoe_share"].endswith("no difference") and ends["top_p"].endswith("cannot be told here")
     assert ends["hash"].endswith("higher, inside the margin")
     assert {file.name for file in tmp_path.glob("*.png")} == {"effects.png", "robustness.png"}
@@ -130,7 +136,10 @@ def test_refused_files(tmp_path):
     """Runs that cannot be compared are not."""
     one, other = line("hash", 0, 2.0), line("hash", 1, 2.0, data="xyz")
     cases = {r"data abc \(1 runs\), xyz \(1 runs\); name another": [one, other], "line 2 is no run of": [one, "{"]}
-    cases |= {r"batch 4 \(1 runs\), 8 \(1 runs\)": [one.replace('"batch": 8', '"batch": 4'), one]}
+    cases |= {r"batch 4 \(1 runs\), 8 \(1 runs\)": [one.replace('"batch": 8', '"batch": 4'), line("hash", 3, 2.0)]}
+    cases |= {"line 2 is a run that another line has": [one, one], "unknown: cartesain": [line("cartesain", 0, 2.0)]}
+    cases |= {"missing or unknown: step": [one.replace('"step":', '"stop":')]}
+    cases |= {"missing or unknown: model": [line("hash", 0, 2.0, settings={"train": {}})]}
     for message, lines in (cases | {r"no run has 7 steps; there are runs of \[5\]": [one]}).items():
         (tmp_path / "r").write_text("\n".join(lines))
         with pytest.raises(ValueError, match=message):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Lines, blank ones not counted.
 BUDGETS = {
     "moe.py": 402,
-    "cartesian.py": 204,
+    "cartesian.py": 212,
     "remix.py": 546,
     "data.py": 255,
     "hf.py": 303,

@@ -11,6 +11,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 HEAD = "| claim | published | here, with 95 % interval | verdict | command |\n|---|---|---|---|---|"
 NULL = "oracle's null"
 WAY = {"lower": "points that way", "higher": "points the other way"}  # of a claim that a perplexity is lower
+TOLD = {"lower": "holds here", "higher": "the other way"}  # after a declared test
 
 
 def stored(name: str):
@@ -22,9 +23,8 @@ def claims() -> str:
     """The table, in markdown."""
     parts = {"eval.py remix": remixing(stored("remix-skills-test"))}
     parts["eval.py remix --ablate"] = settings(stored("remix-skills-dev-ablation"))
-    parts["lab.compare"] = cartesian(
-        *(grouped(read(f"{RESULTS}/{name}.jsonl"), 2500) for name in ("compare", "second"))
-    )
+    runs = [grouped(read(f"{RESULTS}/{name}.jsonl"), 2500) for name in ("compare", "second")]
+    parts["lab.compare"] = cartesian(*runs)
     rows = [[*row, f"`{command}`"] for command, part in parts.items() for row in part]
     return "\n".join([HEAD, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
@@ -79,21 +79,19 @@ def cartesian(kinds: dict[str, dict], second: dict[str, dict]):
     """CartesianMoE's claims (arXiv 2410.16077; Pile, 100B tokens, base and large) on TinyStories. second: the runs of
     the second declared test."""
 
-    def declared(kinds: dict[str, dict], level: float) -> list[str]:
-        """A declared test that Cartesian is ahead, and what came out."""
-        found = effect(most(kinds, "cartesian")[1], most(kinds, BASE)[1])
-        if found is None:
-            return ["not run", "not run"]
-        told = "holds here" if found.middle < 0 else "the other way"
-        share = f"{say(found).partition(': ')[0]}, p = {found.p:.2g}, {found.n} seeds"
-        return [share, f"**{told if found.p < level else 'cannot be told here'}**"]
-
-    def against(a: str, b: str, protocol: str | None = None) -> list[str]:
-        """The effect of a preset against another one, in percent of perplexity, and what it allows to say."""
+    def against(a: str, b: str, protocol: str | None = None, kinds=kinds, level: float = 0.0) -> list[str]:
+        """The effect of a preset against another one, in percent of perplexity, and what it allows to say: after a test
+        that was declared with a level of significance, or without."""
         loss = (lambda run: run["robustness"][protocol]["loss"]) if protocol else (lambda run: run["test"]["loss"])
         found = effect(most(kinds, a)[1], most(kinds, b)[1], loss)
+        if found is None:
+            return ["not run", "not run"]
         text, _, verdict = say(found).partition(": ")
-        return [f"{text}, {found.n} seeds" if found else "not run", WAY.get(verdict, verdict or "not run")]
+        text += f", {found.n} seeds"
+        if level:
+            known = TOLD.get(verdict if found.p < level else "", "cannot be told here")
+            return [f"{text}, p = {found.p:.2g}", f"**{known}**"]
+        return [text, WAY.get(verdict, verdict)]
 
     def level(name: str, protocol: str) -> str:
         """A preset's mean perplexity under a protocol of robustness."""
@@ -102,8 +100,8 @@ def cartesian(kinds: dict[str, dict], second: dict[str, dict]):
 
     theirs = {"smoe_share": 7.37, "smoe_top3": 7.40, "hash": 7.47, "top_p": 7.41}
     first = "CartesianMoE: lower perplexity than fine-grained"
-    yield first, "7.33 → 7.19: -1.9 %", *declared(kinds, 0.01)
-    yield "the same, at rates chosen after 2,500 steps", "-", *declared(second, 0.005)
+    yield first, "7.33 → 7.19: -1.9 %", *against("cartesian", BASE, level=0.01)
+    yield "the same, at rates chosen after 2,500 steps", "-", *against("cartesian", BASE, kinds=second, level=0.005)
     for name, published in theirs.items():
         yield f"and than {name}", f"{published:.2f} → 7.19", *against("cartesian", name)
     yield "a MoE beats dense of its activated size", "8.55 → 7.33", *against(BASE, "dense")

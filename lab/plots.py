@@ -164,9 +164,7 @@ def example_figure(losses: dict[str, np.ndarray], answers: dict[str, np.ndarray]
         ax.plot(values, color=colour, marker="o", markersize=3, label=name)
     ax.set(xlabel="step", ylabel="neighbours' loss (nats)", ylim=(0, None))
     ax.legend(fontsize=8, frameon=False)
-    for side, ((name, shares), colour) in zip(
-        (-0.2, 0.2), zip(answers.items(), (BLUE, ORANGE), strict=True), strict=True
-    ):
+    for side, (name, shares), colour in zip((-0.2, 0.2), answers.items(), (BLUE, ORANGE), strict=True):
         right.bar(np.arange(len(shares)) + side, 100 * shares, color=colour, width=0.4, label=name)
     for answer, text in marks.items():
         top = 100 * max(shares[answer] for shares in answers.values())

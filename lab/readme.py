@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lab import cli, diagrams, plots
+from lab import cli, diagrams, plots, verdict
 from lab.claims import RESULTS, claims, stored
 from lab.compare import read
 from lab.contest import figures, main_table, report, sweep_table
 from lab.gain import compared
-from lab.verdict import grouped, overview, show, trend
+from lab.verdict import TESTS, grouped, overview, show, trend
 from moe import require
 
 ROOT = RESULTS.parent
@@ -25,15 +25,20 @@ def main(argv=None) -> int:
     cli.Parser("lab.readme", description=__doc__).parse(argv)
     folder = ROOT / "docs"
     draw(folder)
-    for path, text in pages(folder).items():
+    for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
         print(f"filled {path.name}")
     print(f"drew {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
     return 0
 
 
-def blocks(folder: Path) -> dict:
-    """Name -> a function that says what stands in that place; figures of the comparison go to the folder."""
+def runs(*names: str) -> list[dict]:
+    """The runs of some comparisons."""
+    return [line for name in names for line in read(f"{RESULTS}/{name}.jsonl")]
+
+
+def blocks() -> dict:
+    """Name -> a function that says what stands in that place."""
     texts = {path.stem: lambda path=path: path.read_text(encoding="utf-8") for path in RESULTS.glob("*.txt")}
     texts |= {
         "train_toy": lambda first=texts["train_toy"]: "\n\n".join(first().split("\n\n")[n] for n in (0, 2, 3)),
@@ -41,18 +46,20 @@ def blocks(folder: Path) -> dict:
         "remix-strict": lambda: main_table(*(stored("remix-skills-test-strict")[key] for key in ("rows", "costs"))),
         "remix-stories": lambda: main_table(*(stored("remix-stories-test")[key] for key in ("rows", "costs"))),
         "ablation": lambda: sweep_table(stored("remix-skills-dev-ablation")),
-        "compare": lambda: show(read(f"{RESULTS}/compare.jsonl"), 2500, folder),
+        "compare": lambda: show(runs("compare"), 2500, TESTS["compare"]),
+        "second": lambda: show(runs("second"), 2500, TESTS["second"]),
         "gain": lambda: compared(stored("gain-cartesian"), stored("gain-fine_grained")),
-        "trend": lambda: "\n".join(trend(read(f"{RESULTS}/trend.jsonl"))),
-        "sweep": lambda: overview(grouped(read(f"{RESULTS}/sweep.jsonl"), 800), 800),
+        "gain-half": lambda: compared(stored("gain-half-cartesian"), stored("gain-half-fine_grained")),
+        "trend": lambda: "\n".join(trend(runs("trend", "second"))),
+        "sweep": lambda: "\n\n".join(overview(grouped(runs("sweep"), steps), steps) for steps in (800, 2500)),
     }
     shown = {name: lambda text=text: f"```text\n{text().strip()}\n```\n" for name, text in texts.items()}
     return shown | {"claims": claims}
 
 
-def pages(folder: Path) -> dict[Path, str]:
+def pages() -> dict[Path, str]:
     """Every page, filled. ValueError: a place whose name nobody knows."""
-    known = blocks(folder)
+    known = blocks()
 
     def fill(match):
         require(match[2] in known, f"no results are called {match[2]!r}; there are {', '.join(known)}")
@@ -63,7 +70,10 @@ def pages(folder: Path) -> dict[Path, str]:
 
 
 def draw(folder: Path):
-    """Every figure that `pages` does not draw."""
+    """Every figure."""
+    verdict.draw(runs("compare"), 2500, folder)
+    found = {f"{steps} steps": effect for steps, _, _, effect in verdict.by_steps(runs("trend", "second"))}
+    plots.effects_figure(verdict.sure(found), verdict.MARGIN, "Cartesian against fine_grained", folder / "trend.png")
     diagrams.remixing().savefig(folder / "idea.png")
     figures(stored("remix-skills-test"), f"{folder}/remix")
     title = "NGD with one setting varied at a time (3 seeds, dev)"

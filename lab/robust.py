@@ -101,6 +101,12 @@ def robustness(model, data, split: str = "test", most: int | None = 128) -> dict
     return rows
 
 
+def at_mass(rows: dict[str, dict], mass: float) -> float:
+    """The loss where so much of the routing mass is lost, between the points of q from 0 (intact) to 1 (top-1)."""
+    points = [row for name, row in rows.items() if name in ("intact", "top-1") or name[0] == "q"]
+    return float(np.interp(mass, *zip(*sorted((row["mass"], row["loss"]) for row in points), strict=True)))
+
+
 def robustness_table(rows: dict[str, dict]) -> str:
     """A line for each protocol."""
     shares = ("experts", "mass")

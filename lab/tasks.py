@@ -98,9 +98,8 @@ def specialisation(model, data, split: str = "test", n_kinds: int = 12) -> Speci
         names = [data.show(int(token)) for token in common]
     outs = [out.routing for *_, out in passes(model, tokens)]
     probs = torch.stack([torch.cat([r.probs for r in layer]) for layer in zip(*outs, strict=True)]).cpu()  # (L, N, E)
-    chosen = torch.stack(
-        [torch.cat([r.experts for r in layer]) for layer in zip(*outs, strict=True)]
-    ).cpu()  # (L, N, K)
+    chosen = [torch.cat([routing.experts for routing in layer]) for layer in zip(*outs, strict=True)]  # (N, K) each
+    chosen = torch.stack(chosen).cpu()  # (L, N, K)
     visits, E = torch.zeros_like(probs).scatter_(2, chosen, 1.0), probs.shape[-1]  # (L, N, E) 1 where a token goes
     shares = torch.stack([visits[:, kind.flatten() == row].mean(1) for row in range(len(names))], 1)  # (L, R, E)
     together = visits.mT @ visits / visits.sum(1)[..., None].clamp(min=1)  # (L, E, E)

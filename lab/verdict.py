@@ -8,12 +8,18 @@ import numpy as np
 
 from cartesian import PRESETS
 from lab import cli, plots, stats
+from lab.robust import at_mass
 from lab.sharing import sharing_table
 
 BASE, MARGIN = "fine_grained", 0.5  # percent of perplexity: an interval inside of +-0.5 is "no difference"
-TEST = f"""\
+TESTS = {  # file in results/ -> what was declared before its runs
+    "compare": f"""\
 Declared before any run: cartesian has a lower test perplexity than {BASE}, each with its best settings on dev; 13 pairs
-of 2500 steps, paired t-test, two-sided; "no difference" only where the 95 % interval is inside +-{MARGIN} %."""
+of 2500 steps, paired t-test, two-sided; "no difference" only where the 95 % interval is inside +-{MARGIN} %.""",
+    "second": """\
+Declared before any of these runs: the same claim, at settings chosen on dev at 2500 steps; 7 pairs (seeds 1 to 7),
+paired t-test, two-sided; as the second test of one claim it asks for p < 0.005.""",
+}
 KIND = ("preset", "lr", "norm_topk", "dropout")  # runs alike in these differ in their seed alone
 SHOWN = ("runs", "parameters", "activated", "step", "dev", "test", "bits/byte", "gap", "cloze")
 LEGEND = f"""\
@@ -32,19 +38,34 @@ class Effect(NamedTuple):
     n: int
 
 
-def show(lines: list[dict], steps: int, folder: Path) -> str:
-    """The report on the runs of so many steps; figures go to the folder."""
+def show(lines: list[dict], steps: int, test: str = "") -> str:
+    """The report on the runs of so many steps. test: what was declared of them, if anything."""
     kinds = grouped(lines, steps)
-    texts = [overview(kinds, steps), LEGEND, "", TEST, *trend(lines), CONTRASTS, *contrasts(kinds), ""]
-    texts += robust(kinds, folder)
+    changes = [*contrasts(kinds)]
+    texts = [overview(kinds, steps), LEGEND, "", test or "Nothing was declared of these runs, and so there is no test:"]
+    texts += [*trend(lines), *([CONTRASTS, *changes] if changes else []), "", *robust(kinds)]
     for name, runs in kinds.items():
         shared = [run["sharing"] for run in runs.values() if "sharing" in run]
         texts += [f"\n{name}: mean of {len(shared)} runs", sharing_table(shared)] if shared else []
-        if shared and name == most(kinds, "cartesian")[0]:
-            plots.sharing_figure(shared[0], f"Composed experts: {name}, one run", folder / "sharing.png")
-    drawn = {name: found[:3] for name, found in effects(kinds).items() if found and found.n > 1}
-    plots.effects_figure(drawn, MARGIN, f"Against {BASE}", folder / "effects.png")
     return "\n".join(texts)
+
+
+def draw(lines: list[dict], steps: int, folder: Path):
+    """The figures of these runs: effects, robustness, and what composed experts of one of them share."""
+    kinds = grouped(lines, steps)
+    plots.effects_figure(sure(effects(kinds)), MARGIN, f"Against {BASE}", folder / "effects.png")
+    (a, ours), (b, _) = (most(kinds, name) for name in ("cartesian", BASE))
+    found = disturbed(kinds)
+    points = {n: {p: [row["mass"], math.exp(row["loss"])] for p, row in rows.items()} for n, rows in found.items()}
+    plots.robustness_figure(points, folder / "robustness.png", leading=(a, b))
+    shared = [run["sharing"] for run in ours.values() if "sharing" in run]
+    if shared:
+        plots.sharing_figure(shared[0], f"Composed experts: {a}, one run", folder / "sharing.png")
+
+
+def sure(found: dict[str, Effect | None]) -> dict[str, tuple]:
+    """Of effects, those with an interval, as it is drawn."""
+    return {name: each[:3] for name, each in found.items() if each and each.n > 1}
 
 
 def by_steps(lines: list[dict]):
@@ -142,34 +163,27 @@ def summary(runs: list[dict]) -> list:
     return [len(runs), *cells, f"{loss['test'] - loss['train']:.3f}", "-" if cloze is None else f"{cloze:.1%}"]
 
 
-def robust(kinds: dict[str, dict], folder: Path) -> list[str]:
-    """Two tables, cartesian against BASE with a row for each protocol, and all kinds; and the figure."""
-    found = {name: mean([run["robustness"] for run in runs.values()])
-             for name, runs in kinds.items() if "robustness" in first(runs)}  # fmt: skip
+def disturbed(kinds: dict[str, dict]) -> dict[str, dict]:
+    """The rows of `lab.robust.robustness`, means over the runs of each kind that has some."""
+    kinds = {name: runs for name, runs in kinds.items() if "robustness" in first(runs)}
+    return {name: mean([run["robustness"] for run in runs.values()]) for name, runs in kinds.items()}
+
+
+def robust(kinds: dict[str, dict]) -> list[str]:
+    """Two tables: cartesian against BASE with a row for each protocol, and all kinds."""
+    found, lines = disturbed(kinds), []
     (a, ours), (b, theirs) = (most(kinds, name) for name in ("cartesian", BASE))
-    plots.robustness_figure(
-        {name: {p: [row["mass"], math.exp(row["loss"])] for p, row in rows.items()} for name, rows in found.items()},
-        folder / "robustness.png",
-        leading=(a, b),
-    )
-    lines = []
     for protocol in found.get(a, {}):
         cells = [found.get(name, {}).get(protocol) for name in (b, a)]
         cells = [f"{math.exp(cell['loss']):.2f} ({cell['mass']:.0%})" if cell else "" for cell in cells]
         gap = effect(ours, theirs, lambda run, p=protocol: run["robustness"][p]["loss"]) if all(cells) else None
         lines.append([protocol, *cells, say(gap)])
     for mass in (0.1, 0.2, 0.4) if lines and theirs else ():
-        cells = [np.mean([at_mass(run, mass) for run in runs.values()]) for runs in (theirs, ours)]
-        gap = say(effect(ours, theirs, lambda run, mass=mass: at_mass(run, mass)))
+        cells = [np.mean([at_mass(run["robustness"], mass) for run in runs.values()]) for runs in (theirs, ours)]
+        gap = say(effect(ours, theirs, lambda run, mass=mass: at_mass(run["robustness"], mass)))
         lines.append([f"{mass:.0%} of the mass", *(f"{math.exp(cell):.2f} ({mass:.0%})" for cell in cells), gap])
     columns = [p for p in max(found.values(), key=len, default={}) if not p.startswith(("q", "noise", "layer"))]
     rows = [[name, *(f"{math.exp(each[p]['loss']):.2f}" if p in each else "" for p in columns)]
             for name, each in found.items()]  # fmt: skip
     heads = ["disabled: perplexity (mass lost)", b, a, "effect"]
     return [cli.table(lines, header=heads), "", cli.table(rows, header=["perplexity, disabled:", *columns])]
-
-
-def at_mass(run: dict, mass: float) -> float:
-    """A run's loss where so much of the routing mass is lost, between the points of q from 0 (intact) to 1 (top-1)."""
-    points = [row for p, row in run["robustness"].items() if p in ("intact", "top-1") or p[0] == "q"]
-    return float(np.interp(mass, *zip(*sorted((row["mass"], row["loss"]) for row in points), strict=True)))

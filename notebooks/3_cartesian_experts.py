@@ -21,7 +21,7 @@ import torch
 from cartesian import PAPER, TOY, CartesianConfig, CartesianTransformer, Pairs, counts, preset
 from data import SkillsTask
 from lab import cli, diagrams, plots
-from lab.robust import robustness, robustness_table
+from lab.robust import at_mass, robustness, robustness_table
 from lab.sharing import sharing, sharing_table
 from lab.tasks import evaluate
 from moe import MoEConfig
@@ -214,9 +214,9 @@ plots.sharing_figure(shared, "Composed experts of the skills task (dev), one toy
 print(sharing_table([shared]))
 
 # %% [markdown]
-# Top: how often each composed expert is visited. Middle: more (orange) or less (violet) than the margins foretell; pale
-# would mean that A's choice says nothing about B's. Bottom: cosines of what composed experts say to the same token (in
-# the table: of those that the token visits / of all).
+# Top: how often each composed expert is visited. Middle: more (orange) or less (violet) than the margins foretell (in
+# the table, "use / product": what the middle 90 % have); pale would mean that A's choice says nothing about B's. Bottom:
+# cosines of what composed experts say to the same token (in the table: of those that the token visits / of all).
 #
 # Composed experts that share a part answer more alike than those that share none. But take care: what $(A_i, B_j)$ adds
 # is a sum, $A_i$'s part plus $B_j$'s part behind it, and two sums with a term in common are alike by arithmetic. The
@@ -269,8 +269,7 @@ plots.robustness_figure(points)
 # %%
 mass, rows = found["fine_grained"]["top-1"]["mass"], []
 for name, each in found.items():
-    line = sorted((row["mass"], row["loss"]) for p, row in each.items() if p[0] == "q" or p in ("intact", "top-1"))
-    matched, intact = np.interp(mass, *zip(*line, strict=True)), each["intact"]["loss"]
+    matched, intact = at_mass(each, mass), each["intact"]["loss"]
     cells = [f"{each[p]['loss'] - intact:+.3f} ({each[p]['mass']:.0%})" for p in ("top-1", "a half")]
     rows.append((name, *cells, f"{matched - intact:+.3f} ({mass:.0%})"))
 heads = ["rise of the loss, nats (mass lost)", "top-1, unmatched", "half of the experts", "equal mass"]

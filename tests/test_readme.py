@@ -30,7 +30,7 @@ def results():
 
 def test_pages_are_filled_from_results(tmp_path):
     """`python -m lab.readme` would change nothing, and draws every figure that a page shows, and no other."""
-    filled = readme.pages(tmp_path)
+    filled = readme.pages()
     assert {path: path.read_text(encoding="utf-8") for path in PAGES} == filled
     readme.draw(tmp_path)
     shown = {image for text in filled.values() for image in re.findall(r"!\[.*?\]\((?:docs/)?(.*?\.png)\)", text)}

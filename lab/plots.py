@@ -206,7 +206,7 @@ def effects_figure(effects: dict[str, list[float]], margin: float, title: str, p
     for row, (mean, low, high) in enumerate(effects.values()):
         colour = BLUE if high < 0 else ORANGE if low > 0 else INK
         ax.errorbar(mean, row, xerr=[[mean - low], [high - mean]], color=colour, marker="o", markersize=4, capsize=2)
-    ax.set(yticks=range(len(effects)), xlabel="test perplexity, percent more or less (95 %)")
+    ax.set(yticks=range(len(effects)), xlabel="perplexity, percent more or less (95 %)")
     ax.set_title(f"{title} (grey: no difference, {margin:g} %)", fontsize=10, color=INK)
     ax.set_yticklabels(effects)
     ax.invert_yaxis()

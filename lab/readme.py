@@ -72,8 +72,9 @@ def pages() -> dict[Path, str]:
 def draw(folder: Path):
     """Every figure."""
     verdict.draw(runs("compare"), 2500, folder)
-    found = {f"{steps} steps": effect for steps, _, _, effect in verdict.by_steps(runs("trend", "second"))}
-    plots.effects_figure(verdict.sure(found), verdict.MARGIN, "Cartesian against fine_grained", folder / "trend.png")
+    found = verdict.sure(verdict.by_steps(runs("trend", "second")))
+    found = {name.partition(",")[0]: effect for name, effect in found.items()}
+    plots.effects_figure(found, verdict.MARGIN, "Cartesian against fine_grained", folder / "trend.png")
     diagrams.remixing().savefig(folder / "idea.png")
     figures(stored("remix-skills-test"), f"{folder}/remix")
     title = "NGD with one setting varied at a time (3 seeds, dev)"

@@ -68,18 +68,23 @@ def sure(found: dict[str, Effect | None]) -> dict[str, tuple]:
     return {name: each[:3] for name, each in found.items() if each and each.n > 1}
 
 
-def by_steps(lines: list[dict]):
-    """Cartesian against BASE, for each number of steps: it, the names of their kinds, the effect."""
+def by_steps(lines: list[dict]) -> dict[str, Effect | None]:
+    """Cartesian against BASE after each number of steps, and on dev on the way there."""
+    found = {}
     for n in sorted({line["steps"] for line in lines}):
         (a, ours), (b, theirs) = (most(grouped(lines, n), name) for name in ("cartesian", BASE))
-        yield n, a, b, effect(ours, theirs)
+        way = first(ours).get("curve", [])[1:-1] if ours and theirs else []
+        for i, (step, _) in enumerate(way, 1):
+            found[f"step {step} of {n} (dev)"] = effect(ours, theirs, lambda run, i=i: run["curve"][i][1])
+        found[f"{n} steps, {a} against {b}"] = effect(ours, theirs)
+    return found
 
 
 def trend(lines: list[dict]):
-    """A line for each number of steps; only that of a declared test is a test."""
-    for n, a, b, found in by_steps(lines):
+    """A line for each of them; only that of a declared test is a test."""
+    for name, found in by_steps(lines).items():
         p = f" (p = {found.p:.2g}, {found.n} pairs)" if found and found.n > 1 else ""
-        yield f"  {n} steps, {a} against {b}: {say(found) or 'no pairs'}{p}"
+        yield f"  {name}: {say(found) or 'no pairs'}{p}"
 
 
 def contrasts(kinds: dict[str, dict]):

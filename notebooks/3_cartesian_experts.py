@@ -215,8 +215,8 @@ print(sharing_table([shared]))
 
 # %% [markdown]
 # Top: how often each composed expert is visited. Middle: more (orange) or less (violet) than the margins foretell (in
-# the table, "use / product": what the middle 90 % have); pale would mean that A's choice says nothing about B's. Bottom:
-# cosines of what composed experts say to the same token (in the table: of those that the token visits / of all).
+# the table, "use / product": what the middle 90 % have); pale would mean that A's choice says nothing about B's.
+# Bottom: cosines of what composed experts say to the same token (in the table: of those it visits / of all).
 #
 # Composed experts that share a part answer more alike than those that share none. But take care: what $(A_i, B_j)$ adds
 # is a sum, $A_i$'s part plus $B_j$'s part behind it, and two sums with a term in common are alike by arithmetic. The

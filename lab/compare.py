@@ -27,7 +27,7 @@ from lab import checkpoint, cli
 from lab.robust import activated, robustness
 from lab.sharing import sharing
 from lab.tasks import evaluate, load_data
-from lab.verdict import BASE, KIND, TESTS, draw, show
+from lab.verdict import BASE, DECLARED, KIND, draw, show
 from moe import MoEConfig, require
 
 SAME = ("data", "tokenizer", "device")  # runs that differ in these, or in other settings, are not compared
@@ -189,7 +189,7 @@ def table(plan: Plan) -> int:
     steps = sorted({line["steps"] for line in lines})
     require(plan.steps in steps, f"{plan.results}: no run has {plan.steps} steps; there are runs of {steps or 'none'}")
     path = Path(plan.results)
-    print(show(lines, plan.steps, TESTS.get(path.stem, "")))
+    print(show(lines, plan.steps, DECLARED.get(path.stem, "")))
     draw(lines, plan.steps, path.parent)
     return 0
 

@@ -13,7 +13,7 @@ from lab.claims import RESULTS, claims, stored
 from lab.compare import read
 from lab.contest import figures, main_table, report, sweep_table
 from lab.gain import compared
-from lab.verdict import TESTS, grouped, overview, show, trend
+from lab.verdict import DECLARED, grouped, overview, show, trend
 from moe import require
 
 ROOT = RESULTS.parent
@@ -46,8 +46,8 @@ def blocks() -> dict:
         "remix-strict": lambda: main_table(*(stored("remix-skills-test-strict")[key] for key in ("rows", "costs"))),
         "remix-stories": lambda: main_table(*(stored("remix-stories-test")[key] for key in ("rows", "costs"))),
         "ablation": lambda: sweep_table(stored("remix-skills-dev-ablation")),
-        "compare": lambda: show(runs("compare"), 2500, TESTS["compare"]),
-        "second": lambda: show(runs("second"), 2500, TESTS["second"]),
+        "compare": lambda: show(runs("compare"), 2500, DECLARED["compare"]),
+        "second": lambda: show(runs("second"), 2500, DECLARED["second"]),
         "gain": lambda: compared(stored("gain-cartesian"), stored("gain-fine_grained")),
         "gain-half": lambda: compared(stored("gain-half-cartesian"), stored("gain-half-fine_grained")),
         "trend": lambda: "\n".join(trend(runs("trend", "second"))),
@@ -72,7 +72,7 @@ def pages() -> dict[Path, str]:
 def draw(folder: Path):
     """Every figure."""
     verdict.draw(runs("compare"), 2500, folder)
-    found = verdict.sure(verdict.by_steps(runs("trend", "second")))
+    found = verdict.with_interval(verdict.by_steps(runs("trend", "second")))
     found = {name.partition(",")[0]: effect for name, effect in found.items()}
     plots.effects_figure(found, verdict.MARGIN, "Cartesian against fine_grained", folder / "trend.png")
     diagrams.remixing().savefig(folder / "idea.png")

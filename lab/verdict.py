@@ -12,7 +12,7 @@ from lab.robust import at_mass
 from lab.sharing import sharing_table
 
 BASE, MARGIN = "fine_grained", 0.5  # percent of perplexity: an interval inside of +-0.5 is "no difference"
-TESTS = {  # file in results/ -> what was declared before its runs
+DECLARED = {  # file in results/ -> what was declared before its runs
     "compare": f"""\
 Declared before any run: cartesian has a lower test perplexity than {BASE}, each with its best settings on dev; 13 pairs
 of 2500 steps, paired t-test, two-sided; "no difference" only where the 95 % interval is inside +-{MARGIN} %.""",
@@ -53,9 +53,9 @@ def show(lines: list[dict], steps: int, test: str = "") -> str:
 def draw(lines: list[dict], steps: int, folder: Path):
     """The figures of these runs: effects, robustness, and what composed experts of one of them share."""
     kinds = grouped(lines, steps)
-    plots.effects_figure(sure(effects(kinds)), MARGIN, f"Against {BASE}", folder / "effects.png")
+    plots.effects_figure(with_interval(effects(kinds)), MARGIN, f"Against {BASE}", folder / "effects.png")
     (a, ours), (b, _) = (most(kinds, name) for name in ("cartesian", BASE))
-    found = disturbed(kinds)
+    found = mean_robustness(kinds)
     points = {n: {p: [row["mass"], math.exp(row["loss"])] for p, row in rows.items()} for n, rows in found.items()}
     plots.robustness_figure(points, folder / "robustness.png", leading=(a, b))
     shared = [run["sharing"] for run in ours.values() if "sharing" in run]
@@ -63,7 +63,7 @@ def draw(lines: list[dict], steps: int, folder: Path):
         plots.sharing_figure(shared[0], f"Composed experts: {a}, one run", folder / "sharing.png")
 
 
-def sure(found: dict[str, Effect | None]) -> dict[str, tuple]:
+def with_interval(found: dict[str, Effect | None]) -> dict[str, tuple]:
     """Of effects, those with an interval, as it is drawn."""
     return {name: each[:3] for name, each in found.items() if each and each.n > 1}
 
@@ -81,7 +81,7 @@ def by_steps(lines: list[dict]) -> dict[str, Effect | None]:
 
 
 def trend(lines: list[dict]):
-    """A line for each of them; only that of a declared test is a test."""
+    """A line for each effect of `by_steps`; only that of a declared test is a test."""
     for name, found in by_steps(lines).items():
         p = f" (p = {found.p:.2g}, {found.n} pairs)" if found and found.n > 1 else ""
         yield f"  {name}: {say(found) or 'no pairs'}{p}"
@@ -168,7 +168,7 @@ def summary(runs: list[dict]) -> list:
     return [len(runs), *cells, f"{loss['test'] - loss['train']:.3f}", "-" if cloze is None else f"{cloze:.1%}"]
 
 
-def disturbed(kinds: dict[str, dict]) -> dict[str, dict]:
+def mean_robustness(kinds: dict[str, dict]) -> dict[str, dict]:
     """The rows of `lab.robust.robustness`, means over the runs of each kind that has some."""
     kinds = {name: runs for name, runs in kinds.items() if "robustness" in first(runs)}
     return {name: mean([run["robustness"] for run in runs.values()]) for name, runs in kinds.items()}
@@ -176,7 +176,7 @@ def disturbed(kinds: dict[str, dict]) -> dict[str, dict]:
 
 def robust(kinds: dict[str, dict]) -> list[str]:
     """Two tables: cartesian against BASE with a row for each protocol, and all kinds."""
-    found, lines = disturbed(kinds), []
+    found, lines = mean_robustness(kinds), []
     (a, ours), (b, theirs) = (most(kinds, name) for name in ("cartesian", BASE))
     for protocol in found.get(a, {}):
         cells = [found.get(name, {}).get(protocol) for name in (b, a)]

@@ -64,8 +64,8 @@ def draw(lines: list[dict], steps: int, folder: Path):
 
 
 def with_interval(found: dict[str, Effect | None]) -> dict[str, tuple]:
-    """Of effects, those with an interval, as it is drawn."""
-    return {name: each[:3] for name, each in found.items() if each and each.n > 1}
+    """Of effects, those whose interval is worth drawing: of two pairs it would dwarf all others."""
+    return {name: each[:3] for name, each in found.items() if each and each.n > 2}
 
 
 def by_steps(lines: list[dict]) -> dict[str, Effect | None]:

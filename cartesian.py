@@ -275,9 +275,9 @@ def counts(config: CartesianConfig) -> tuple[int, int]:
 if __name__ == "__main__":
     for sizes in (TOY, PAPER):
         print(f"\n{sizes['n_layers']} layers of width {sizes['d_model']:<11}  parameters     activated")
+        base = MoEConfig(**sizes)
+        matched = counts(fine(base))[1]
         for name in PRESETS:
-            total, active = counts(preset(name, MoEConfig(**sizes)))
-            more = active / counts(preset("fine_grained", MoEConfig(**sizes)))[1] - 1
-            told = f"{more:+.1%} against fine_grained" if abs(more) > 0.01 else ""
-            told = "at most: it depends on the data" if name == "top_p" else told
-            print(f"{name:24}{total:14,}{active:14,}  {told}".rstrip())
+            total, active = counts(preset(name, base))
+            more = f"  {active / matched - 1:+.1%} against fine_grained" * (abs(active / matched - 1) > 0.01)
+            print(f"{name:24}{total:14,}{active:14,}{'  at most: it depends on the data' if name == 'top_p' else more}")

@@ -19,12 +19,16 @@ def stored(name: str):
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def runs(*names: str) -> list[dict]:
+    """The runs of some comparisons in results/."""
+    return [line for name in names for line in read(f"{RESULTS}/{name}.jsonl")]
+
+
 def claims() -> str:
     """The table, in markdown."""
     parts = {"eval.py remix": remixing(stored("remix-skills-test"))}
     parts["eval.py remix --ablate"] = settings(stored("remix-skills-dev-ablation"))
-    runs = [grouped(read(f"{RESULTS}/{name}.jsonl"), 2500) for name in ("compare", "second")]
-    parts["lab.compare"] = cartesian(*runs)
+    parts["lab.compare"] = cartesian(*(grouped(runs(name), 2500) for name in ("compare", "second")))
     rows = [[*row, f"`{command}`"] for command, part in parts.items() for row in part]
     return "\n".join([HEAD, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
@@ -79,7 +83,7 @@ def cartesian(kinds: dict[str, dict], second: dict[str, dict]):
     """CartesianMoE's claims (arXiv 2410.16077; Pile, 100B tokens, base and large) on TinyStories. second: the runs of
     the second declared test."""
 
-    def against(a: str, b: str, protocol: str | None = None, kinds=kinds, level: float = 0.0) -> list[str]:
+    def against(a: str, b: str, protocol: str | None = None, kinds=kinds, alpha: float = 0.0) -> list[str]:
         """The effect of a preset against another one, in percent of perplexity, and what it allows to say: after a test
         that was declared with a level of significance, or without."""
         loss = (lambda run: run["robustness"][protocol]["loss"]) if protocol else (lambda run: run["test"]["loss"])
@@ -87,11 +91,11 @@ def cartesian(kinds: dict[str, dict], second: dict[str, dict]):
         if found is None:
             return ["not run", "not run"]
         text, _, verdict = say(found).partition(": ")
-        text += f", {found.n} seeds"
-        if level:
-            known = TOLD.get(verdict if found.p < level else "", "cannot be told here")
-            return [f"{text}, p = {found.p:.2g}", f"**{known}**"]
-        return [text, WAY.get(verdict, verdict)]
+        if not alpha:
+            return [f"{text}, {found.n} seeds", WAY.get(verdict, verdict)]
+        known = found.p < alpha or verdict == "no difference"
+        verdict = TOLD.get(verdict, verdict) if known else "cannot be told here"
+        return [f"{text}, {found.n} seeds, p = {found.p:.2g}", f"**{verdict}**"]
 
     def level(name: str, protocol: str) -> str:
         """A preset's mean perplexity under a protocol of robustness."""
@@ -100,8 +104,8 @@ def cartesian(kinds: dict[str, dict], second: dict[str, dict]):
 
     theirs = {"smoe_share": 7.37, "smoe_top3": 7.40, "hash": 7.47, "top_p": 7.41}
     first = "CartesianMoE: lower perplexity than fine-grained"
-    yield first, "7.33 → 7.19: -1.9 %", *against("cartesian", BASE, level=0.01)
-    yield "the same, at rates chosen after 2,500 steps", "-", *against("cartesian", BASE, kinds=second, level=0.005)
+    yield first, "7.33 → 7.19: -1.9 %", *against("cartesian", BASE, alpha=0.01)
+    yield "the same, at rates chosen after 2,500 steps", "-", *against("cartesian", BASE, kinds=second, alpha=0.005)
     for name, published in theirs.items():
         yield f"and than {name}", f"{published:.2f} → 7.19", *against("cartesian", name)
     yield "a MoE beats dense of its activated size", "8.55 → 7.33", *against(BASE, "dense")

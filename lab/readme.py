@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lab import cli, diagrams, plots, verdict
-from lab.claims import RESULTS, claims, stored
-from lab.compare import read
+from lab.claims import RESULTS, claims, runs, stored
 from lab.contest import figures, main_table, report, sweep_table
 from lab.gain import compared
 from lab.verdict import DECLARED, grouped, overview, show, trend
@@ -30,11 +29,6 @@ def main(argv=None) -> int:
         print(f"filled {path.name}")
     print(f"drew {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
     return 0
-
-
-def runs(*names: str) -> list[dict]:
-    """The runs of some comparisons."""
-    return [line for name in names for line in read(f"{RESULTS}/{name}.jsonl")]
 
 
 def blocks() -> dict:

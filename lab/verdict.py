@@ -54,7 +54,7 @@ def draw(lines: list[dict], steps: int, folder: Path):
     """The figures of these runs: effects, robustness, and what composed experts of one of them share."""
     kinds = grouped(lines, steps)
     plots.effects_figure(with_interval(effects(kinds)), MARGIN, f"Against {BASE}", folder / "effects.png")
-    (a, ours), (b, _) = (most(kinds, name) for name in ("cartesian", BASE))
+    (a, ours), (b, _) = rivals(kinds)
     found = mean_robustness(kinds)
     points = {n: {p: [row["mass"], math.exp(row["loss"])] for p, row in rows.items()} for n, rows in found.items()}
     plots.robustness_figure(points, folder / "robustness.png", leading=(a, b))
@@ -72,7 +72,7 @@ def by_steps(lines: list[dict]) -> dict[str, Effect | None]:
     """Cartesian against BASE after each number of steps, and on dev on the way there."""
     found = {}
     for n in sorted({line["steps"] for line in lines}):
-        (a, ours), (b, theirs) = (most(grouped(lines, n), name) for name in ("cartesian", BASE))
+        (a, ours), (b, theirs) = rivals(grouped(lines, n))
         way = first(ours).get("curve", [])[1:-1] if ours and theirs else []
         for i, (step, _) in enumerate(way, 1):
             found[f"step {step} of {n} (dev)"] = effect(ours, theirs, lambda run, i=i: run["curve"][i][1])
@@ -126,6 +126,11 @@ def most(kinds: dict[str, dict], preset: str, dropout: float = 0.0):
     return max(known, key=lambda kind: (len(kind[1]), -dev[kind[0]]), default=("none", {}))
 
 
+def rivals(kinds: dict[str, dict]) -> list[tuple]:
+    """The two kinds that the declared tests compare, as `most` finds them: cartesian, and BASE."""
+    return [most(kinds, name) for name in ("cartesian", BASE)]
+
+
 def effect(runs: dict, base: dict, loss=lambda run: run["test"]["loss"]) -> Effect | None:
     """The effect of one kind against another; None where they have no seed in common, or are one."""
     seeds = [] if runs is base else sorted(runs.keys() & base.keys())
@@ -177,7 +182,7 @@ def mean_robustness(kinds: dict[str, dict]) -> dict[str, dict]:
 def robust(kinds: dict[str, dict]) -> list[str]:
     """Two tables: cartesian against BASE with a row for each protocol, and all kinds."""
     found, lines = mean_robustness(kinds), []
-    (a, ours), (b, theirs) = (most(kinds, name) for name in ("cartesian", BASE))
+    (a, ours), (b, theirs) = rivals(kinds)
     for protocol in found.get(a, {}):
         cells = [found.get(name, {}).get(protocol) for name in (b, a)]
         cells = [f"{math.exp(cell['loss']):.2f} ({cell['mass']:.0%})" if cell else "" for cell in cells]

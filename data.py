@@ -1,27 +1,107 @@
-"""What the models learn from: a synthetic task on which routing matters, and text.
+"""What models learn from: a task made of skills and dialects, and text.
 
-Both kinds of data offer `vocab_size` and `batch(step, n)`, and the batch of a step is a function of (seed, step) alone:
-a resumed run sees what the uninterrupted run would have seen.
+Training, evaluation and re-mixing ask a task for what the class `Task` lists, and for nothing else:
+a task of your own is one class. `SkillsTask` is the default, `TextData` is stories or any other
+text. Tokenizers, files of tokens and the download of TinyStories are in lab/tools/texts.py.
 
-python data.py PATH    learns the tokenizer `tinystories` from a text
+The batch of a step is a function of (seed, step) alone, so that a resumed run sees what the
+uninterrupted run would have seen.
+
+Letters in the shape comments: n sequences or prompts, T tokens, V vocabulary.
 """
 
-import base64
-import difflib
-import hashlib
-import json
-import re
-import sys
-import tempfile
-from pathlib import Path
-from typing import NamedTuple
+import math
+import textwrap
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
-import tiktoken
 import torch
-from tqdm import tqdm
+import torch.nn.functional as F
 
+from lab.tools.texts import read_tokens, tinystories, tokenizer
 from moe import IGNORE, require
+
+# --------------------------------------------------------------------------------- what a task is
+
+
+class Kinds(NamedTuple):
+    """Held-out tokens sorted into kinds, to see which expert takes which kind."""
+
+    tokens: torch.Tensor  # (n, T)
+    kind: torch.Tensor  # (n, T) the place in `names`; -1: of no kind
+    names: list[str]
+
+
+class Problems(NamedTuple):
+    """Prompts whose next token is known, for re-mixing and multiple choice."""
+
+    tokens: torch.Tensor  # (n, T) padded with 0 on the right
+    lengths: torch.Tensor  # (n,)
+    labels: torch.Tensor  # (n,) the right next token
+    options: torch.Tensor | None = None  # (n, O) tokens to choose from; None: any
+    about: "Prompts | None" = None  # what is known of prompts of the skills task
+    frequency: torch.Tensor | None = None  # (V,) how often each token ends a training story
+
+
+class Task(Protocol):
+    """What training, evaluation and re-mixing ask of a task.
+
+    A class that inherits from Task has the defaults below. Training needs `vocab_size`, `batch` and
+    `score`; `kinds` is for figures of routing, `problems` for re-mixing.
+    """
+
+    name: str
+    vocab_size: int
+    guess: float  # cross-entropy of a uniform guess, in nats
+    splits: tuple[str, ...] = ("train", "reference", "dev", "test")
+    settings: ClassVar = {}  # fields of TrainConfig and MoEConfig that it wants otherwise
+    remix_settings: ClassVar = {}  # fields of RemixConfig, likewise
+    preset_sizes: ClassVar = {}  # fields of MoEConfig that presets start from
+    preset_hint = ""  # flags with which every preset has the parameters that it should have
+    next_commands: ClassVar = {}  # what to run after training -> what it does
+    encoding = None  # where the task is text: the tokenizer
+
+    def batch(self, step: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Training tokens (n, T) and targets (n, T): what should follow, or IGNORE."""
+
+    def score(self, model, split: str, most: int | None = 256) -> dict[str, float]:
+        """Scores on up to `most` sequences of a split (None: all). One of them is "loss"."""
+
+    def kinds(self, split: str, n_kinds: int = 12, most: int | None = 256) -> Kinds:
+        """Tokens of a split, and what kinds of token they are."""
+
+    def problems(self, split: str) -> Problems:
+        """The problems of a split; those of "reference" help to solve those of dev and test."""
+
+    def corpus(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Tokens (n, T) and lengths (n,) that show how rare a token is; None: the references."""
+        return None
+
+    def sample(self, model) -> str:
+        """A text by the model; nothing where the task is no text."""
+        return ""
+
+
+@torch.no_grad()
+def passes(model, *tensors) -> Iterator[tuple]:
+    """Pass tokens (n, T) through the model in evaluation, so many rows at a time as fit.
+
+    tensors: the tokens, and others of length n. Yields these rows of each, and the Output.
+    """
+    n_rows = max(1, 8192 // tensors[0].shape[1])
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(tensors[0]), n_rows):
+            rows = [tensor[start : start + n_rows].to(device) for tensor in tensors]
+            yield *rows, model(rows[0])
+    finally:
+        model.train(training)
+
+
+# ---------------------------------------------------------------------------- skills and dialects
 
 # Ten skills: functions of two arrays of numbers from 0 to 15, into the same numbers.
 SKILLS = {
@@ -39,266 +119,404 @@ SKILLS = {
 
 
 class Prompts(NamedTuple):
-    """n zero-shot prompts of the skills task, all with the dialect's marker shown, and what is known about each."""
+    """n prompts of the skills task that show their dialect, and what is known of each."""
 
     tokens: torch.Tensor  # (n, 4) marker, a, b, cue
     labels: torch.Tensor  # (n,) the answer, 0 to 15
-    other: torch.Tensor  # (n,) the answer under the cue's other reading; the same as labels where the cue is clear
+    other: torch.Tensor  # (n,) the answer by the cue's other skill; of a clear cue, the answer
     cue: torch.Tensor  # (n,) 0 to 25
     skill: torch.Tensor  # (n,) the place in SKILLS
     clear: torch.Tensor  # (n,) bool
 
 
-class SkillsTask:
+class SkillsTask(Task):
     """Skills and dialects: a cue says what to do with two numbers, but many cues mean two things.
 
-    A prompt is [marker, a, b, cue] and its answer y = skill(a, b), with a, b and y from 0 to 15. Ten cues are clear:
-    one skill each. Sixteen are ambiguous: two skills each, one in two of the four dialects, the other in the other
-    two. Training mostly hides the dialect (the marker shows it in 5 % of the examples, else it is NONE); dev, test and
-    reference prompts always show it, so that their label is a function of the prompt. A model thus knows every skill
-    and both readings of every cue, but is unsure which to use. The cells (cue, a, b) are split, whatever the dialect:
+    A prompt is [marker, a, b, cue] and its answer y = skill(a, b), with a, b and y from 0 to 15.
+    Ten cues are clear: one skill each. Sixteen are ambiguous: two skills each, one in two of the
+    four dialects, the other in the other two. Training mostly hides the dialect (the marker shows
+    it in 5 % of the examples, else it is NONE); dev, test and reference prompts always show it, so
+    that their label is a function of the prompt. A model thus knows every skill and both readings
+    of every cue, but is unsure which to use. The cells (cue, a, b) are split, whatever the dialect:
     no operands of a cue stand in two splits.
 
     >>> {split: len(SkillsTask(0).prompts(split).labels) for split in SkillsTask.splits}
     {'train': 13312, 'reference': 6656, 'dev': 666, 'test': 998}
     """
 
-    N, CUES, CLEAR, DIALECTS = 16, 26, 10, 4  # numbers, cues, how many of them are clear, dialects
-    EXAMPLES, SHOWN, SAME = 4, 0.05, 0.25  # in a training sequence; P(marker shown); P(all share cue and dialect)
-    FIRST_CUE, NONE = 16, 42  # tokens: 0..15 numbers, 16..41 cues, 42 the marker NONE, 43..46 the dialects' markers
+    N = 16  # numbers
+    CUES = 26
+    CLEAR = 10  # cues 0 to 9 are clear
+    DIALECTS = 4
+    FIRST_CUE = 16  # tokens: 0..15 numbers, 16..41 cues, 42 the marker NONE, 43..46 dialects
+    NONE = 42
     vocab_size = 47
-    splits = ("train", "reference", "dev", "test")  # 50, 25, 10 and 15 % of the cells
+
+    EXAMPLES = 4  # in a training sequence
+    SHOWN = 0.05  # probability that the marker shows the dialect
+    SAME = 0.25  # probability that all examples share cue and dialect
+
+    name = "skills"
+    guess = math.log(16)
+    preset_sizes: ClassVar = {"n_experts": 15, "top_k": 3, "d_shared": 64}  # the default, 1 shared
+    preset_hint = "--n-experts 6 --top-k 2 --d-expert 144 --d-shared 144"
+    next_commands: ClassVar = {
+        "python eval.py remix": "re-mixing beside all that it is compared with (minutes)",
+        "python train_toy.py --seeds 3 --twin": "how much is luck? beside it, the dense twin",
+        "python train_toy.py --data tinystories": "stories; --data-file PATH: a text of your own",
+    }
 
     def __init__(self, seed: int = 0):
         self.seed = seed
         rng = np.random.default_rng([seed, 0])
-        first = rng.permutation(len(SKILLS))  # the clear cues share out the ten skills
-        pairs = np.stack([rng.permutation(len(SKILLS))[:2] for _ in range(self.CUES - self.CLEAR)])  # (16, 2)
-        halves = np.stack([rng.permutation([0, 0, 1, 1]) for _ in pairs])  # (16, 4) which of the two a dialect means
-        clear = np.repeat(first[:, None], self.DIALECTS, 1)  # (10, 4)
-        self.meaning = np.concatenate([clear, np.take_along_axis(pairs, halves, 1)])  # (26, 4) the skill
-        swapped = np.concatenate([clear, np.take_along_axis(pairs, 1 - halves, 1)])  # (26, 4) the other reading
-        a, b = np.meshgrid(np.arange(self.N), np.arange(self.N), indexing="ij")  # (16, 16) twice
-        answers = np.stack([skill(a, b) for skill in SKILLS.values()])  # (10, 16, 16)
-        self.answer, self.other = answers[self.meaning], answers[swapped]  # (26, 4, 16, 16) each
-        n = self.CUES * self.N**2
-        cells = np.split(rng.permutation(n), np.cumsum([n // 2, n // 4, round(0.1 * n)]))
-        self.cells = dict(zip(self.splits, map(np.sort, cells), strict=True))  # sorted: cue by cue
-        self.dialect = rng.integers(self.DIALECTS, size=n)  # the one dialect in which dev and test ask a cell
-        self.start = np.searchsorted(self.cells["train"], self.N**2 * np.arange(self.CUES + 1))  # (27,)
+
+        # Draw the skills: one for each clear cue, two for each ambiguous cue, and which of the two
+        # (0 or 1) each dialect means.
+        ambiguous = range(self.CLEAR, self.CUES)
+        clear_skill = rng.permutation(len(SKILLS))  # (10,)
+        two_skills = {cue: rng.permutation(len(SKILLS))[:2] for cue in ambiguous}
+        meant = {cue: rng.permutation([0, 0, 1, 1]) for cue in ambiguous}
+
+        # Apply each skill to all operands.
+        a, b = np.meshgrid(np.arange(self.N), np.arange(self.N), indexing="ij")
+        results = [skill(a, b) for skill in SKILLS.values()]  # (16, 16) each
+
+        # Note for each cue and dialect the skill, its answers, and those of the cue's other skill.
+        self.meaning = np.zeros((self.CUES, self.DIALECTS), dtype=int)
+        self.answer = np.zeros((self.CUES, self.DIALECTS, self.N, self.N), dtype=int)
+        self.other = np.zeros_like(self.answer)
+        for cue in range(self.CUES):
+            for dialect in range(self.DIALECTS):
+                if cue < self.CLEAR:
+                    skill = other = clear_skill[cue]
+                else:
+                    which = meant[cue][dialect]
+                    skill = two_skills[cue][which]
+                    other = two_skills[cue][1 - which]
+                self.meaning[cue, dialect] = skill
+                self.answer[cue, dialect] = results[skill]
+                self.other[cue, dialect] = results[other]
+
+        # Deal the cells out: 50, 25, 10 and 15 %. Sorted, they stand cue by cue.
+        n_cells = self.CUES * self.N**2
+        bounds = np.cumsum([n_cells // 2, n_cells // 4, round(0.1 * n_cells)])
+        dealt = np.split(rng.permutation(n_cells), bounds)
+        self.cells = {}
+        for split, cells in zip(self.splits, dealt, strict=True):
+            self.cells[split] = np.sort(cells)
+
+        # Draw the one dialect in which dev and test ask a cell.
+        self.dialect = rng.integers(self.DIALECTS, size=n_cells)
+
+        # Find where the training cells of each cue start, and where the last ones end.
+        first_cells = self.N**2 * np.arange(self.CUES + 1)
+        self.start = np.searchsorted(self.cells["train"], first_cells)  # (27,)
 
     def batch(self, step: int, n: int):
-        """n training sequences of four solved examples: tokens and targets (n, 20); only answers have a target."""
+        """n training sequences of four solved examples: tokens and targets (n, 20)."""
         rng = np.random.default_rng([self.seed, 1, step])
         shape = (n, self.EXAMPLES)
-        cue, dialect = rng.integers(self.CUES, size=shape), rng.integers(self.DIALECTS, size=shape)
+
+        # Draw cues and dialects; in some sequences all are those of the first example.
+        cue = rng.integers(self.CUES, size=shape)
+        dialect = rng.integers(self.DIALECTS, size=shape)
         same = rng.random(n) < self.SAME
-        cue[same], dialect[same] = cue[same, :1], dialect[same, :1]
-        size = (self.start[1:] - self.start[:-1])[cue]  # (n, 4) training cells of the cue
-        _, a, b = self.unravel(self.cells["train"][self.start[cue] + (rng.random(shape) * size).astype(int)])
-        marker = np.where(rng.random(shape) < self.SHOWN, self.NONE + 1 + dialect, self.NONE)
+        cue[same] = cue[same, :1]
+        dialect[same] = dialect[same, :1]
+
+        # Draw one of the cue's training cells.
+        start = self.start[cue]
+        count = self.start[cue + 1] - start
+        place = start + (rng.random(shape) * count).astype(int)
+        _, a, b = self.unravel(self.cells["train"][place])
+
+        # Show the dialect in some examples.
+        shown = rng.random(shape) < self.SHOWN
+        marker = np.where(shown, self.NONE + 1 + dialect, self.NONE)
+
+        # Only the answer is a target: it follows the cue.
         y = self.answer[cue, dialect, a, b]
-        tokens = np.stack([marker, a, b, self.FIRST_CUE + cue, y], -1)  # (n, 4, 5)
+        tokens = np.stack([marker, a, b, self.FIRST_CUE + cue, y], axis=-1)  # (n, 4, 5)
         targets = np.full_like(tokens, IGNORE)
-        targets[..., 3] = y  # what should follow the cue
-        return torch.from_numpy(tokens.reshape(n, -1)), torch.from_numpy(targets.reshape(n, -1))  # (n, 4, 5) -> (n, 20)
+        targets[..., 3] = y
+        tokens = torch.from_numpy(tokens.reshape(n, -1))  # (n, 4, 5) -> (n, 20)
+        targets = torch.from_numpy(targets.reshape(n, -1))
+        return tokens, targets
 
     def prompts(self, split: str) -> Prompts:
-        """A split's prompts: each dev and test cell in one dialect, each reference (and train) cell in all four."""
-        require(split in self.splits, f"the skills task has no split {split!r}; it has {', '.join(self.splits)}")
-        cells, d = self.cells[split], self.dialect[self.cells[split]]
+        """A split's prompts: dev and test ask a cell in one dialect, the others in all four."""
+        names = ", ".join(self.splits)
+        require(split in self.splits, f"the skills task has no split {split!r}; it has {names}")
+        cells = self.cells[split]
+        dialect = self.dialect[cells]
         if split in ("train", "reference"):
-            cells, d = np.repeat(cells, self.DIALECTS), np.tile(np.arange(self.DIALECTS), len(cells))
+            dialect = np.tile(np.arange(self.DIALECTS), len(cells))
+            cells = np.repeat(cells, self.DIALECTS)
         cue, a, b = self.unravel(cells)
-        known = (self.answer[cue, d, a, b], self.other[cue, d, a, b], cue, self.meaning[cue, d], cue < self.CLEAR)
-        tokens = np.stack([self.NONE + 1 + d, a, b, self.FIRST_CUE + cue], 1)  # (n, 4)
-        return Prompts(*map(torch.from_numpy, (tokens, *known)))
+        columns = (
+            np.stack([self.NONE + 1 + dialect, a, b, self.FIRST_CUE + cue], axis=1),  # (n, 4)
+            self.answer[cue, dialect, a, b],
+            self.other[cue, dialect, a, b],
+            cue,
+            self.meaning[cue, dialect],
+            cue < self.CLEAR,
+        )
+        return Prompts(*map(torch.from_numpy, columns))
 
     def unravel(self, cells):
         """Cell numbers -> cue, a, b."""
         return np.unravel_index(cells, (self.CUES, self.N, self.N))
 
+    def score(self, model, split: str, most: int | None = 256) -> dict[str, float]:
+        """Nats per answer, and the share of right answers, on all prompts of a split."""
+        prompts = self.prompts(split)
+        nats = balance = 0.0
+        right = []
+        for _, labels, out in passes(model, prompts.tokens, prompts.labels):
+            logits = out.logits[:, -1]  # (n, 4, V) -> (n, V)
+            nats += F.cross_entropy(logits, labels, reduction="sum").item()
+            balance += len(labels) * float(out.balance_loss)
+            right.append((logits.argmax(-1) == labels).cpu())
+        right = torch.cat(right).float()  # (n,)
+        scores = {
+            "loss": nats / len(right),
+            "accuracy": right.mean().item(),
+            "clear": right[prompts.clear].mean().item(),
+            "ambiguous": right[~prompts.clear].mean().item(),
+        }
+        if model.routers():
+            scores["balance_loss"] = balance / len(right)
+        return scores
 
-# ---------------------------------------------------------------------------------------------------------------- text
+    def kinds(self, split: str, n_kinds: int = 12, most: int | None = 256) -> Kinds:
+        """The skills, at the cue, where the work is done; other tokens are of no kind."""
+        prompts = self.prompts(split)
+        kind = torch.full_like(prompts.tokens, -1)
+        kind[:, -1] = prompts.skill
+        return Kinds(prompts.tokens, kind, list(SKILLS))
 
-END = "<|endoftext|>"  # alone on a line, it ends a document
-RANKS = Path(__file__).parent / "lab" / "tinystories-2048.tiktoken"
-GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""  # words, never joined
+    def problems(self, split: str) -> Problems:
+        """The prompts of a split."""
+        prompts = self.prompts(split)
+        lengths = torch.full_like(prompts.labels, 4)
+        return Problems(prompts.tokens, lengths, prompts.labels, about=prompts)
 
-
-def tokenizer(name: str = "tinystories") -> tiktoken.Encoding:
-    """Our own `tinystories`, `bytes`, or an encoding of tiktoken, which downloads it. ValueError: no such name."""
-    if name in ("tinystories", "bytes"):
-        ranks = {bytes([i]): i for i in range(256)}
-        if name == "tinystories":  # tiktoken's own reader would keep a copy, and miss that the file was made anew
-            ranks = {base64.b64decode(line.split()[0]): i for i, line in enumerate(RANKS.read_bytes().splitlines())}
-        return tiktoken.Encoding(name, pat_str=GPT2, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
-    known = ["tinystories", "bytes", *tiktoken.list_encoding_names()]
-    near = difflib.get_close_matches(name, known, 1, cutoff=0)
-    require(name in known, f"no tokenizer is called {name!r}; did you mean {near[0]}?")
-    try:
-        return tiktoken.get_encoding(name)
-    except OSError as error:
-        raise OSError(f"no network to download {name}, nor is it in TIKTOKEN_CACHE_DIR; try tinystories") from error
-
-
-def train_tokenizer(path: str, size: int = 2047) -> bytes:
-    """A byte-level BPE of `size` ranks, learnt from the documents of a text -> a ranks file: lines "base64 rank"."""
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError:
-        raise ValueError("training a tokenizer needs the library tokenizers: pip install tokenizers") from None
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # it writes printable bytes as such, others as chr(256) on
-    byte = dict(zip(letters, sorted(range(256), key=lambda byte: chr(byte) not in letters), strict=True))
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
-    bpe.train_from_iterator(documents(path), trainer)
-    tokens = [bytes(byte[letter] for letter in bpe.id_to_token(rank)) for rank in range(bpe.get_vocab_size())]
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
-
-
-def tinystories() -> list[str]:
-    """Paths of TinyStories' training and validation text (1.9 GB, in the hub's cache). OSError if no download works."""
-    try:
-        from huggingface_hub import hf_hub_download  # here: only this needs it
-
-        files = (f"TinyStories-{part}.txt" for part in ("train", "valid"))
-        paths = [hf_hub_download("roneneldan/TinyStories", file, repo_type="dataset") for file in files]
-        for path in map(Path, paths):  # links to files that the hub names by their sha256, but compares only in size
-            blob = path.parent / path.readlink() if path.is_symlink() else path
-            require(len(blob.name) != 64 or sha256(path) == blob.name, f"{path.name} was altered: delete {blob}")
-        return paths
-    except Exception as error:  # OSError, or of the hub, or of its network library, which differs between its versions
-        mend = "check the network, or use --data-file PATH --valid-file PATH"
-        raise OSError(f"TinyStories could not be downloaded ({' '.join(str(error).split())}); {mend}") from error
+    def corpus(self):
+        """The examples of 40 training batches, without their answers."""
+        sequences = torch.cat([self.batch(step, 64)[0] for step in range(40)])
+        examples = sequences.view(-1, 5)[:, :4]  # (n, 20) -> (4n, 4)
+        return examples, torch.full((len(examples),), 4)
 
 
-def sha256(path) -> str:
-    """The checksum of a file of any size."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+# ------------------------------------------------------------------------------------------- text
 
 
-def documents(path: str):
-    """The documents of a UTF-8 text of any size, stripped, one by one. ValueError: not UTF-8, or no END lines."""
-    rest, block, count, mend = "", "-", 0, f"end every document with a line {END}"
-    with open(path, encoding="utf-8", newline="") as file:
-        while block:
-            try:
-                block = file.read(2**20)
-            except UnicodeDecodeError as error:
-                found = f"byte {file.buffer.tell() - len(error.object) + error.start} is {error.object[error.start]:#x}"
-                raise ValueError(f"{path} is not UTF-8: {found}; convert it, or give a text file") from None
-            *texts, rest = re.split(rf"(?m)^{re.escape(END)}[ \t\r]*\n", rest + (block or f"\n{END}\n"))
-            require(len(rest) <= 2**23, f"{path} has a document of over 8 million characters; {mend}")  # flat memory
-            texts = list(filter(None, map(str.strip, texts)))
-            count += len(texts)
-            yield from texts
-    require(count > 1, f"{path} ({Path(path).stat().st_size:,} bytes) has {count} documents, expected more; {mend}")
+class TextData(Task):
+    """A text as a long row of tokens for each split, from which batches are windows.
 
+    path, valid_path: UTF-8 texts, each document ended by a line END. The second is held back, or
+    else the last tenth of the documents. Of these the first 500 (the first fifth of fewer than
+    2,500) are dev, for every choice, the others test. ValueError for a bad or too short text.
+    """
 
-def read_tokens(path: str, encoding: tiktoken.Encoding, cache: str = "out/tokens") -> np.ndarray:
-    """The tokens of a text, END behind every document: a memory-mapped row (tokens,) of uint16 or uint32.
+    name = "text"
+    settings: ClassVar = {"d_model": 128, "context": 128, "batch": 8, "steps": 2500, "lr": 6e-3}
+    settings |= {"warmup": 100, "eval_every": 250, "taste": False}
+    remix_settings: ClassVar = {"embedding": "tfidf", "loss": "options"}
+    preset_sizes: ClassVar = {"vocab_size": 2048, "n_experts": 8, "top_k": 2, "tied": True}
+    preset_sizes |= {"d_expert": 64, "d_shared": 64}
+    next_commands: ClassVar = {
+        "python eval.py sample": "let it tell a story",
+        "python eval.py routing": "which expert does what",
+    }
 
-    Made once, as a file of raw tokens and one about it, named by the contents of text and tokenizer. ValueError for a
-    bad text (see `documents`), or if the files are not what their names say."""
-    require(Path(path).is_file(), f"no such text file: {path}; expected the path of a UTF-8 text")
-    ranks = hashlib.sha256(repr((encoding._pat_str, encoding._mergeable_ranks)).encode()).hexdigest()
-    dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
-    known = {"dtype": dtype.name, "tokenizer": f"{encoding.name}-{ranks[:8]}", "text": sha256(path)}
-    binary = Path(cache) / f"{known['tokenizer']}-{known['text'][:16]}.bin"
-    about = binary.with_suffix(".json")
-    if not (binary.exists() and about.exists()):
-        write_tokens(path, encoding, binary, about, known)
-    found, expected = about.read_text("utf-8", errors="replace"), json.dumps({"size": binary.stat().st_size, **known})
-    require(found.startswith(expected[:-1]), f"{about} says {found!r}, expected {expected}; delete it to make it anew")
-    return np.memmap(binary, dtype, "r")
-
-
-def write_tokens(path: str, encoding: tiktoken.Encoding, binary: Path, about: Path, known: dict):
-    """Tokenise a text in flat memory, into two files that appear whole or not at all."""
-    about.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=Path(path).stat().st_size, unit="B", unit_scale=True, desc="tokens", leave=False, disable=None)
-    with bar, tempfile.TemporaryDirectory(dir=about.parent) as folder:
-        counts, part = np.zeros(3, int), Path(folder, "part")
-        with open(part, "wb") as file:
-            for text in documents(path):
-                row = np.array([*encoding.encode_ordinary(text), encoding.eot_token], known["dtype"])
-                file.write(row.tobytes())
-                counts += (len(row), 1, len(text.encode()))
-                bar.update(len(text) + len(f"\n{END}\n"))  # nearly: a letter can be several bytes
-        part.replace(binary)
-        counts = dict(zip(("tokens", "documents", "bytes"), counts.tolist(), strict=True))
-        part.write_text(json.dumps({"size": binary.stat().st_size, **known, **counts}), encoding="utf-8")
-        part.replace(about)  # last: where it stands, the tokens are complete
-
-
-class TextData:
-    """A text as a long row of tokens for each split, from which batches are windows drawn at random.
-
-    The validation text is held back, or else the last tenth of the documents: its first 500 (the first fifth of fewer
-    than 2,500) are `dev`, for every choice, the rest `test`. rows: {split: (tokens,)}, memory-mapped; no window crosses
-    from one to another. token_bytes: (V,) the bytes of every token, 0 for END, so that bits per byte =
-    summed loss (nats) / ln 2 / token_bytes[targets].sum(). ValueError for a bad or too short text."""
-
-    def __init__(self, path, valid_path=None, name="tinystories", context=128, seed=0, cache="out/tokens"):
-        self.encoding, self.context, self.seed = tokenizer(name), context, seed
+    def __init__(
+        self,
+        path: str,
+        valid_path: str | None = None,
+        tokenizer_name: str = "tinystories",
+        context: int = 128,
+        seed: int = 0,
+        cache: str = "out/tokens",
+    ):
+        self.encoding = tokenizer(tokenizer_name)
         self.vocab_size = self.encoding.n_vocab
-        lengths = {self.encoding.encode_single_token(token): len(token) for token in self.encoding.token_byte_values()}
-        self.token_bytes = torch.tensor([lengths.get(token, 0) for token in range(self.vocab_size)])
-        rows = [read_tokens(file, self.encoding, cache) for file in (path, valid_path) if file]
-        if not valid_path:
-            starts = self.starts(rows[0])
-            rows = np.split(rows[0], [starts[min(len(starts) * 9 // 10, len(starts) - 3)]])  # two documents, or more
-        starts = self.starts(rows[1])
-        dev, test = np.split(rows[1], [starts[min(500, (len(starts) + 3) // 5)]])
-        self.rows = {"train": rows[0], "dev": dev, "test": test}
+        self.guess = math.log(self.vocab_size)
+        self.context = context
+        self.seed = seed
+
+        # The bytes of each token, 0 for END. Bits per byte are the summed loss in nats / ln 2 / the
+        # bytes of the targets.
+        self.token_bytes = torch.zeros(self.vocab_size, dtype=torch.long)  # (V,)
+        for text in self.encoding.token_byte_values():
+            self.token_bytes[self.encoding.encode_single_token(text)] = len(text)
+
+        # Tokenise; hold back the last tenth, of two documents or more, where nothing else is.
+        train = read_tokens(path, self.encoding, cache)
+        if valid_path:
+            held_back = read_tokens(valid_path, self.encoding, cache)
+        else:
+            starts = self.starts(train)
+            n = len(starts)
+            train, held_back = np.split(train, [starts[min(n * 9 // 10, n - 3)]])
+        starts = self.starts(held_back)
+        dev, test = np.split(held_back, [starts[min(500, (len(starts) + 3) // 5)]])
+        self.rows = {"train": train, "dev": dev, "test": test}  # (tokens,) each, memory-mapped
+
         for split, row in self.rows.items():
-            found = f"{split}, from {path if split == 'train' else valid_path or path}, has {len(row)} tokens"
-            require(len(row) > context, f"{found}; a context of {context} needs {context + 1}: give a longer text")
+            source = path if split == "train" else valid_path or path
+            hint = f"a context of {context} needs {context + 1}: give a longer text"
+            require(len(row) > context, f"{split}, from {source}, has {len(row)} tokens; {hint}")
 
     def starts(self, row):
-        """tokens (many,) -> (documents + 1,) where every document starts, and where the last one ends."""
-        step, end = 2**24, self.encoding.eot_token  # in steps: the whole row at once would fill the memory
-        ends = (i + 1 + np.flatnonzero(row[i : i + step] == end) for i in range(0, len(row), step))
-        return np.concatenate([[0], *ends])
+        """Where each document of tokens (many,) starts, and where the last one ends."""
+        starts = [np.array([0])]
+        step = 2**24  # the whole row at once would fill the memory
+        for i in range(0, len(row), step):
+            ends = np.flatnonzero(row[i : i + step] == self.encoding.eot_token)
+            starts.append(i + 1 + ends)
+        return np.concatenate(starts)
 
     def documents(self, split: str) -> list[np.ndarray]:
-        """The documents of a split, in order: arrays (tokens,) whose last token is END."""
-        return np.split(np.asarray(self.rows[split]), self.starts(self.rows[split])[1:-1])
+        """The documents of a split in order, tokens (many,) that end with END."""
+        row = self.rows[split]
+        return np.split(np.asarray(row), self.starts(row)[1:-1])
 
     def batch(self, step: int, n: int):
-        """n windows of the training text: tokens (n, T) and targets (n, T), the tokens that follow."""
+        """n windows of the training text: tokens (n, T), and the tokens that follow (n, T)."""
         rng = np.random.default_rng([self.seed, 1, step])
-        return self.windows("train", rng.integers(len(self.rows["train"]) - self.context, size=n))
+        starts = rng.integers(len(self.rows["train"]) - self.context, size=n)
+        return self.windows("train", starts)
 
     def held_out(self, split: str, most: int | None = 256):
-        """Windows that do not overlap, evenly spread over a split; None: all that fit. tokens and targets (n, T)."""
-        room = len(self.rows[split]) - self.context - 1
-        n = min(most or room + 1, room // self.context + 1)
-        return self.windows(split, np.arange(n) * room // max(n - 1, 1))
+        """Windows that do not overlap, evenly spread over a split; None: all that fit."""
+        last = len(self.rows[split]) - self.context - 1  # the last place where a window may start
+        n = last // self.context + 1
+        if most:
+            n = min(n, most)
+        return self.windows(split, np.arange(n) * last // max(n - 1, 1))
 
     def windows(self, split: str, starts):
-        """starts (n,) -> the windows of a split that start there (n, T), and what follows each of their tokens."""
+        """The windows at starts (n,): tokens (n, T), and the tokens that follow (n, T)."""
         places = starts[:, None] + np.arange(self.context + 1)  # (n, T + 1)
         rows = torch.from_numpy(self.rows[split][places].astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-    def show(self, token: int) -> str:
-        """A token as people can read it: 'e', ' the', '\\n'."""
-        return repr(self.encoding.decode([token]))
+    def score(self, model, split: str, most: int | None = 256) -> dict[str, float]:
+        """Nats and perplexity per token, and bits per byte, on windows of a split."""
+        nats = balance = 0.0
+        n_tokens = n_bytes = 0
+        for _, targets, out in passes(model, *self.held_out(split, most)):
+            logits = out.logits.flatten(0, 1)  # (n, T, V) -> (n*T, V)
+            nats += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+            balance += targets.numel() * float(out.balance_loss)
+            n_tokens += targets.numel()
+            n_bytes += int(self.token_bytes[targets.cpu()].sum())
+        loss = nats / n_tokens
+        bits = nats / math.log(2)
+        scores = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits / n_bytes}
+        if model.routers():
+            scores["balance_loss"] = balance / n_tokens
+        return scores
+
+    def kinds(self, split: str, n_kinds: int = 12, most: int | None = 256) -> Kinds:
+        """The most frequent tokens; others are of no kind."""
+        tokens, _ = self.held_out(split, most)
+        frequent = tokens.flatten().bincount().argsort(descending=True)[:n_kinds]
+        kind = torch.full_like(tokens, -1)
+        for place, token in enumerate(frequent):
+            kind[tokens == token] = place
+        names = [repr(self.encoding.decode([token])) for token in frequent.tolist()]
+        return Kinds(tokens, kind, names)
+
+    def problems(self, split: str) -> Problems:
+        """Cloze questions: which of four words ends the story? Each is one token; chance is 25 %.
+
+        The wrong words end other stories of the split, drawn at random: what ends stories often is
+        often wrong, too, so that frequency does not tell the answer. "reference" has the stories
+        of the training text. Where not four words end stories, there are no questions.
+        """
+        starting, continuing = self.word_tokens()
+        prompts, words = [], []
+        for story in self.documents("train" if split == "reference" else split):
+            place = last_word(story, starting, continuing)
+            if place > 0:
+                prompt = [self.encoding.eot_token, *story[:place].tolist()]
+                prompts.append(torch.tensor(prompt[-self.context :]))
+                words.append(int(story[place]))
+        if len(set(words)) < 4:
+            none = torch.zeros(0, dtype=torch.long)
+            return Problems(none[:, None], none, none, none[:, None])
+
+        # Draw three other words for each story, and shuffle the four.
+        rng = np.random.default_rng([0, 2])
+        options = []
+        for word in words:
+            choices = [word]
+            while len(choices) < 4:
+                other = words[rng.integers(len(words))]
+                if other not in choices:
+                    choices.append(other)
+            options.append([choices[i] for i in rng.permutation(4)])
+
+        # Count the last three tokens of training stories: among them is the last word.
+        row = self.rows["train"]
+        ends = self.starts(row)[1:] - 1  # where END stands
+        places = np.maximum(ends[:, None] - [1, 2, 3], 0)
+        frequency = np.bincount(row[places].flatten(), minlength=self.vocab_size)
+        return Problems(
+            torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True),
+            torch.tensor([len(prompt) for prompt in prompts]),
+            torch.tensor(words),
+            torch.tensor(options),
+            frequency=torch.from_numpy(frequency),
+        )
+
+    def word_tokens(self) -> tuple[set[int], set[int]]:
+        """The tokens that are a blank and a word, and those that continue a word."""
+        starting, continuing = set(), set()
+        for token in self.token_bytes.nonzero()[:, 0].tolist():
+            text = self.encoding.decode_single_token_bytes(token)
+            if text[:1] == b" " and text[1:].isalpha():
+                starting.add(token)
+            elif text[:1].isalpha() or text[:1] > b"\x7f":
+                continuing.add(token)
+        return starting, continuing
+
+    def sample(self, model) -> str:
+        """Three texts from nothing but the end of another text, at temperature 0.6."""
+        end = self.encoding.eot_token
+        device = next(model.parameters()).device
+        start = torch.full((3, 1), end, device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        room = model.config.context - 1
+        rows = model.generate(start, room, 0.6, end, generator=generator).tolist()
+        texts = []
+        for row in rows:
+            text = self.encoding.decode([token for token in row if token != end])
+            texts.append(textwrap.fill(" ".join(text.split()), 110))
+        return "\n\n".join(texts)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] in (["-h"], ["--help"]):
-        sys.exit(print(__doc__))
-    try:
-        require(len(sys.argv) == 2, "usage: python data.py PATH, a text to train the tokenizer tinystories on")
-        print(f"wrote {RANKS.write_bytes(train_tokenizer(sys.argv[1])):,} bytes to {RANKS}")
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(1 if len(sys.argv) == 2 else 2)
+def last_word(story, starting: set[int], continuing: set[int]) -> int:
+    """The place of a story's last word; 0 where it is not a single token."""
+    for place in range(len(story) - 2, 0, -1):  # the last token is END
+        token = int(story[place])
+        if token in starting:
+            return place
+        if token in continuing:
+            break
+    return 0
+
+
+TASKS = {"skills": SkillsTask, "tinystories": TextData, "text": TextData}
+
+
+def load_task(train: dict, context: int) -> Task:
+    """The task that a run with these settings (fields of TrainConfig) learns."""
+    if train["data"] == "skills":
+        return SkillsTask(train["seed"])
+    paths = train["data_file"], train["valid_file"]
+    if train["data"] == "tinystories":
+        paths = tinystories()
+    return TextData(*paths, train["tokenizer"], context, train["seed"])

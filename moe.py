@@ -1,14 +1,26 @@
-"""A mixture-of-experts transformer in one file, to be read from top to bottom: config, MoE layer, block, model.
+"""A mixture-of-experts transformer in one file, to be read from top to bottom.
 
-Configured like OLMoE (arXiv 2409.02060) it computes exactly what OLMoE computes, and so it is by default: RMSNorm
-before each sub-layer, rotary positions, QK-norm, SwiGLU experts, and a softmax router that sends every token to its
-top k experts. No token is ever dropped, and nothing is random in evaluation.
+The idea. An ordinary transformer sends every token through the same feed-forward network. Here each
+layer has many small networks, the *experts*, and a *router* that scores them for each token:
 
-The letters in the shape comments:
-    B batch      T tokens of this call    S tokens in the cache     N = B * T tokens in a flat list     D d_model
-    E experts    K top_k    F width of an expert    H heads    G key-value heads    C head_dim    V vocabulary
+    scores   = softmax(W x)                   one number for each expert; W is the router
+    experts  = the k highest scores           the token visits these, and no others
+    y        = sum of score * expert(x)       over the k experts that it visits
+
+So a model can hold many parameters, of which one token uses few. Three classes say this in code:
+`Router` chooses, `Experts` computes, `MoE` puts them together.
+
+By default the model computes exactly what OLMoE (arXiv 2409.02060) computes: RMSNorm before each
+sub-layer, rotary positions, QK-norm, SwiGLU experts, a softmax router. No token is ever dropped,
+and nothing is random in evaluation.
+
+Letters in the shape comments:
+    B batch    T tokens of this call    S tokens in the cache    N = B * T tokens in a flat list
+    D d_model    E experts    K top_k    F width of an expert
+    H heads    G key-value heads    C head_dim    V vocabulary
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
@@ -19,67 +31,104 @@ import torch.nn.functional as F
 IGNORE = -100  # a target without loss
 
 
+# ------------------------------------------------------------------------------------------ config
+
+
 @dataclass
 class MoEConfig:
-    """The sizes of a model; the texts are the command line's help. Raises ValueError where they do not fit together."""
+    """The sizes of a model; the texts are the command line's help.
+
+    Raises ValueError where the sizes do not fit together.
+    """
 
     vocab_size: Annotated[int, "tokens in the vocabulary"] = 48
     context: Annotated[int, "longest sequence, in tokens"] = 64
     d_model: Annotated[int, "width of the residual stream"] = 64
     n_layers: Annotated[int, "number of blocks"] = 4
     n_heads: Annotated[int, "attention heads"] = 4
-    n_kv_heads: Annotated[int | None, "key-value heads, shared among the heads (none: n_heads)"] = None
+    n_kv_heads: Annotated[int | None, "key-value heads, shared among heads (none: n_heads)"] = None
     head_dim: Annotated[int | None, "width of a head (none: d_model / n_heads)"] = None
     n_experts: Annotated[int, "experts in each MoE layer"] = 16
     top_k: Annotated[int, "experts that each token visits"] = 4
     d_expert: Annotated[int, "hidden width of an expert"] = 64
     norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
-    d_shared: Annotated[int, "hidden width of an ungated expert that every token visits (0: there is none)"] = 0
-    dense_layers: Annotated[tuple[int, ...], "layers that are dense instead of MoE, such as 0,2"] = ()
-    d_dense: Annotated[int | None, "hidden width of dense layers (none: what a token visits in others)"] = None
-    qk_norm: Annotated[Literal["full", "head", "none"], "RMSNorm of queries and keys: full width or per head"] = "full"
-    clip_qkv: Annotated[float | None, "clamp queries, keys and values to plus or minus this"] = None
+    d_shared: Annotated[int, "hidden width of an expert that every token visits (0: none)"] = 0
+    dense_layers: Annotated[tuple[int, ...], "layers that are dense, not MoE, such as 0,2"] = ()
+    d_dense: Annotated[int | None, "width of dense layers (none: what a token visits)"] = None
+    qk_norm: Annotated[Literal["full", "head", "none"], "RMSNorm of queries and keys"] = "full"
+    clip_qkv: Annotated[float | None, "clamp queries, keys, values to plus or minus this"] = None
     rope_theta: Annotated[float, "base of the rotary frequencies"] = 10_000.0
     norm_eps: Annotated[float, "epsilon in RMSNorm"] = 1e-5
-    dropout: Annotated[float, "dropout on the embedding and on what each sub-layer adds"] = 0.0
+    dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
     tied: Annotated[bool, "the output layer is the transposed embedding"] = False
 
     def __post_init__(self):
         self.dense_layers = tuple(self.dense_layers)
-        for name, value in vars(self).items():
-            zero, number = name in ("d_shared", "dropout"), type(value) in (int, float)
-            least = "at least" if zero else "greater than"
-            require(not number or value > 0 or (zero and value == 0), f"{name} is {value}; it must be {least} 0")
-        d, heads = self.d_model, self.n_heads
+        self.require_positive()
         if self.head_dim is None:
-            hint = f"try {max(1, round(d / heads)) * heads}, or give head_dim"
-            require(d % heads == 0, f"d_model {d} does not divide into {heads} heads: {hint}")
-            self.head_dim = d // heads
-        self.n_kv_heads = heads if self.n_kv_heads is None else self.n_kv_heads
-        if self.d_dense is None:  # three matrices of width E / 3 weigh as much as a router
-            self.d_dense = self.top_k * self.d_expert + self.d_shared + round(self.n_experts / 3)
+            self.head_dim = self.width_of_a_head()
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.d_dense is None:
+            # As many weights as a token visits elsewhere: three matrices of width E / 3 weigh as
+            # much as a router.
+            router = round(self.n_experts / 3)
+            self.d_dense = self.top_k * self.d_expert + self.d_shared + router
+        self.require_fit()
+
+    def require_positive(self):
+        for name, value in vars(self).items():
+            if type(value) not in (int, float):
+                continue
+            if name in ("d_shared", "dropout"):
+                require(value >= 0, f"{name} is {value}; it must be at least 0")
+            else:
+                require(value > 0, f"{name} is {value}; it must be greater than 0")
+
+    def width_of_a_head(self) -> int:
+        d, heads = self.d_model, self.n_heads
+        near = max(1, round(d / heads)) * heads
+        hint = f"try {near}, or give head_dim"
+        require(d % heads == 0, f"d_model {d} does not divide into {heads} heads: {hint}")
+        return d // heads
+
+    def require_fit(self):
+        width, heads, groups = self.head_dim, self.n_heads, self.n_kv_heads
+        pairs = "rotary positions need pairs, an even width"
+        require(width % 2 == 0, f"head_dim is {width}; {pairs}")
+        require(heads % groups == 0, f"n_heads {heads} is not a multiple of n_kv_heads {groups}")
+        require(
+            self.top_k <= self.n_experts,
+            f"top_k {self.top_k} is more than the {self.n_experts} experts there are",
+        )
         outside = set(self.dense_layers) - set(range(self.n_layers))
-        require(self.head_dim % 2 == 0, f"head_dim is {self.head_dim}; rotary positions need pairs, an even width")
-        require(heads % self.n_kv_heads == 0, f"n_heads {heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        require(self.top_k <= self.n_experts, f"top_k {self.top_k} is more than the {self.n_experts} experts there are")
-        require(not outside, f"dense_layers names {sorted(outside)}; the layers are 0 to {self.n_layers - 1}")
-        require(self.qk_norm in ("full", "head", "none"), f"qk_norm is {self.qk_norm!r}; expected full, head or none")
+        require(
+            not outside,
+            f"dense_layers names {sorted(outside)}; the layers are 0 to {self.n_layers - 1}",
+        )
+        require(
+            self.qk_norm in ("full", "head", "none"),
+            f"qk_norm is {self.qk_norm!r}; expected full, head or none",
+        )
         require(self.dropout < 1, f"dropout is {self.dropout}; it must be below 1")
 
 
-def require(ok: bool, message: str):
-    """Raise ValueError(message) unless ok."""
-    if not ok:
+def require(condition: bool, message: str):
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
         raise ValueError(message)
 
 
 def wide(x):
-    """Router, softmax and loss are never computed below float32."""
+    """At least float32, in which router, softmax and loss are computed."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+# -------------------------------------------------------------------------------------- MoE layer
+
+
 class Routing(NamedTuple):
-    """Where a router sends N tokens. An imposed pathway (see Remix) shows in all fields but logits."""
+    """Where a router sends N tokens. An imposed pathway shows in all fields but logits."""
 
     probs: torch.Tensor  # (N, E) softmax over all experts
     weights: torch.Tensor  # (N, K) what the output of each chosen expert is multiplied by
@@ -88,95 +137,152 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Softmax router: a linear layer scores the experts, the top k win. Another routing rule overrides `select`."""
+    """A linear layer scores the experts, and the k best are chosen.
+
+    A routing rule of your own is a subclass that overrides `scores` (sigmoid instead of softmax,
+    noise in training) or `select` (a bias): MoETransformer(config, router=MyRouter).
+    """
 
     def __init__(self, config: MoEConfig):
         super().__init__()
-        self.top_k, self.norm_topk = config.top_k, config.norm_topk
+        self.top_k = config.top_k
+        self.norm_topk = config.norm_topk
         self.weight = nn.Parameter(torch.empty(config.n_experts, config.d_model))
-        self.index = None  # the place among MoETransformer.routers(), set there
+        self.index = None  # its place among MoETransformer.routers(), which is set there
 
     def forward(self, x, flow=None) -> Routing:
-        """x (N, D). The flow, if any, collects the routing, and may impose a pathway: where `at` is true, its `rows`
-        replace the softmax, before top-k. That is re-mixing."""
-        logits = wide(F.linear(x, self.weight))  # (N, E)
-        probs = logits.softmax(-1)
-        if flow and self.index in flow.rows:
-            probs = torch.where(flow.at[:, None], flow.rows[self.index].to(probs.dtype), probs)
+        """x (N, D). The flow, if any, may impose a pathway, and collects the routing."""
+        logits, probs = self.scores(x)
+        if flow is not None:
+            probs = self.impose(probs, flow)
         weights, experts = self.select(probs)
         routing = Routing(probs, weights.to(x.dtype), experts, logits)
-        if flow:
+        if flow is not None:
             flow.routing.append(routing)
         return routing
 
+    def scores(self, x):
+        """x (N, D) -> logits (N, E), and the probabilities of the experts (N, E)."""
+        logits = wide(F.linear(x, self.weight))
+        return logits, logits.softmax(-1)
+
+    def impose(self, probs, flow):
+        """Replace probs (N, E) by the flow's rows where it says so: re-mixing (remix.py)."""
+        if self.index not in flow.rows:
+            return probs
+        row = flow.rows[self.index].to(probs.dtype)
+        return torch.where(flow.at[:, None], row, probs)
+
     def select(self, probs):
-        """probs (N, E) -> weights (N, K), experts (N, K)."""
+        """probs (N, E) -> weights (N, K) and experts (N, K) of the k most probable."""
         weights, experts = probs.topk(self.top_k)
-        return weights / weights.sum(-1, keepdim=True) if self.norm_topk else weights, experts
+        if self.norm_topk:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, experts
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks in two stacked tensors. A token visits its K experts however many others do."""
+    """E SwiGLU networks in two stacked tensors. This loop says what they compute:
+
+        for n in range(N):                                     # every token
+            for k in range(K):                                 # every expert that it visits
+                e = experts[n, k]
+                gate, up = (gate_up[e] @ x[n]).chunk(2)        # (2F,) -> (F,) twice
+                y[n] += weights[n, k] * down[e] @ (silu(gate) * up)
+
+    `forward` does the same with few and large matrix products: it sorts the N * K pairs (token,
+    expert) by expert, so that each expert works once, on all of its tokens together.
+    """
 
     def __init__(self, config: MoEConfig):
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(config.n_experts, 2 * config.d_expert, config.d_model))
-        self.down = nn.Parameter(torch.empty(config.n_experts, config.d_model, config.d_expert))
+        E, D, F = config.n_experts, config.d_model, config.d_expert
+        self.gate_up = nn.Parameter(torch.empty(E, 2 * F, D))
+        self.down = nn.Parameter(torch.empty(E, D, F))
 
     def forward(self, x, weights, experts):
-        """x (N, D), weights (N, K), experts (N, K) -> the sum over K of weight * expert(x), (N, D)."""
-        chosen, order = experts.flatten().sort(stable=True)  # (N*K,) the (token, expert) pairs, expert by expert
-        place, every = (torch.arange(n, device=x.device) for n in (len(order), len(self.down)))
-        back = torch.empty_like(order).scatter_(0, order, place).view(experts.shape)  # (N, K) where each pair went
-        ends = torch.searchsorted(chosen, every, right=True, out_int32=True)  # (E,) where each expert's pairs end
-        pairs = Linked.apply(x, order, back, dispatch, combine)  # (N, D) -> (N*K, D)
-        scale = Linked.apply(weights.reshape(-1, 1), order, back.reshape(-1, 1), dispatch, combine)  # (N*K, 1)
-        gate, up = grouped_matmul(pairs, self.gate_up, ends).chunk(2, dim=-1)  # (N*K, F) twice
-        # The routing weight multiplies here, where a row is F wide, and not behind `down`, where it is D wide.
-        y = grouped_matmul(F.silu(gate) * (up * scale), self.down, ends)  # (N*K, D)
-        return Linked.apply(y, order, back, combine, dispatch)  # (N*K, D) -> (N, D)
+        """x (N, D), weights (N, K), experts (N, K) -> the weighted sum (N, D)."""
+        # 1. Sort the pairs by expert.
+        expert, order = experts.flatten().sort(stable=True)  # (N*K,): expert of a pair, its origin
+        every = torch.arange(len(self.down), device=x.device)
+        ends = torch.searchsorted(expert, every, right=True, out_int32=True)  # (E,) ends of groups
+
+        # 2. Remember where each pair went: back[n, k] is the place of token n's k-th pair.
+        place = torch.arange(len(order), device=x.device)
+        back = torch.empty_like(order).scatter_(0, order, place)
+        back = back.view(experts.shape)  # (N*K,) -> (N, K)
+
+        # 3. A row for every pair: its token, and its routing weight.
+        rows = Dispatch.apply(x, order, back)  # (N, D) -> (N*K, D)
+        weight = Dispatch.apply(weights.reshape(-1, 1), order, back.reshape(-1, 1))  # (N*K, 1)
+
+        # 4. Each expert on its own group of rows. The weight multiplies where a row is F wide, and
+        #    not behind `down`, where it is D wide: fewer numbers, the same result.
+        gate, up = grouped_matmul(rows, self.gate_up, ends).chunk(2, dim=-1)  # (N*K, F) twice
+        hidden = F.silu(gate) * (up * weight)  # (N*K, F)
+        y = grouped_matmul(hidden, self.down, ends)  # (N*K, D)
+
+        # 5. The sum over the K pairs of each token.
+        return Combine.apply(y, order, back)  # (N*K, D) -> (N, D)
 
 
-def dispatch(x, order, back):
-    """A row for every (token, expert) pair, sorted by expert: x (N, D), order (N*K,) -> (N*K, D)."""
-    return x.index_select(0, order // back.shape[1])
+class Dispatch(torch.autograd.Function):
+    """A row for every pair: x (N, D), order (N*K,), back (N, K) -> (N*K, D), sorted by expert.
 
-
-def combine(y, order, back):
-    """The sum over the K pairs of each token, which stand at the places back (N, K): y (N*K, D) -> (N, D)."""
-    return F.embedding_bag(back, y, mode="sum")
-
-
-class Linked(torch.autograd.Function):
-    """dispatch or combine, with the other one as its gradient: so both directions only gather. The scatter-add that
-    autograd would use instead is slower, and may differ from run to run."""
+    Its gradient sums over the pairs of a token, as Combine does. Autograd would use a scatter-add,
+    which is slower, and on a GPU may differ from run to run.
+    """
 
     @staticmethod
-    def forward(ctx, x, order, back, function, gradient):
-        ctx.save_for_backward(order, back)
-        ctx.gradient = gradient
-        return function(x, order, back)
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(back)
+        token = order // back.shape[1]  # (N*K,) the token of each pair
+        return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.gradient(grad.contiguous(), *ctx.saved_tensors), None, None, None, None
+        (back,) = ctx.saved_tensors
+        return F.embedding_bag(back, grad.contiguous(), mode="sum"), None, None
 
 
-@torch.compiler.disable  # the sizes of the groups are data, and the fused kernel has no compiled form for float32
-def grouped_matmul(x, weight, ends):
-    """Rows of x (M, I), sorted by expert, each times its expert's matrix of weight (E, O, I) -> (M, O).
+class Combine(torch.autograd.Function):
+    """The sum over the pairs of each token: y (N*K, D), order (N*K,), back (N, K) -> (N, D).
 
-    The fused kernel takes rows of whole 16 bytes, float32 or bfloat16 on a CPU, bfloat16 on CUDA from compute
-    capability 8; a loop over the experts serves the rest (float64, odd sizes, mps).
+    Its gradient gives each pair that of its token, as Dispatch does.
     """
-    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
-    fused = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        fused = torch.cuda.get_device_capability(x.device)[0] >= 8
-    if fused and aligned:
+
+    @staticmethod
+    def forward(ctx, y, order, back):
+        ctx.save_for_backward(order, back)
+        return F.embedding_bag(back, y, mode="sum")
+
+    @staticmethod
+    def backward(ctx, grad):
+        order, back = ctx.saved_tensors
+        token = order // back.shape[1]  # (N*K,)
+        return grad.index_select(0, token), None, None
+
+
+@torch.compiler.disable  # group sizes are data; the fused kernel has no compiled form for float32
+def grouped_matmul(x, weight, ends):
+    """Rows x (M, I), sorted by expert, each times its expert's matrix: weight (E, O, I) -> (M, O).
+
+    ends (E,): where the rows of each expert end. A loop over the experts says what is computed;
+    torch has a fused kernel for it, which takes rows of whole 16 bytes.
+    """
+    if has_fused_kernel(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([rows @ matrix.T for rows, matrix in zip(x.split(sizes), weight, strict=True)])
+    groups = zip(x.split(sizes), weight, strict=True)
+    return torch.cat([rows @ matrix.T for rows, matrix in groups])
+
+
+def has_fused_kernel(x, weight) -> bool:
+    """float32 and bfloat16 on a CPU, bfloat16 on CUDA from compute capability 8."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return aligned and torch.cuda.get_device_capability(x.device)[0] >= 8
+    return aligned and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
 
 
 class SwiGLU(nn.Module):
@@ -193,136 +299,193 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """A mixture-of-experts sub-layer: the experts that the router chose, plus the shared expert where there is one."""
+    """A mixture-of-experts sub-layer: the experts that the router chose, and the shared expert."""
 
     def __init__(self, router: nn.Module, experts: Experts, shared: SwiGLU | None = None):
         super().__init__()
-        self.router, self.experts, self.shared = router, experts, shared
+        self.router = router
+        self.experts = experts
+        self.shared = shared
 
     def forward(self, x, flow=None):
         """x (B, T, D) -> (B, T, D)."""
         flat = x.reshape(-1, x.shape[-1])  # (B, T, D) -> (N, D)
         routing = self.router(flat, flow)
         y = self.experts(flat, routing.weights, routing.experts)
-        y = y if self.shared is None else y + self.shared(flat)
+        if self.shared is not None:
+            y = y + self.shared(flat)
         return y.view(x.shape)  # (N, D) -> (B, T, D)
 
 
 def router_losses(routing: Routing, share):
-    """Balance loss and z-loss of one router; share (N,) is each token's part in the means, 0 at padding.
+    """Balance loss and z-loss of one router.
 
-    Balance (Switch Transformer, arXiv 2101.03961, eq. 4): E * sum_e f_e * P_e, where f_e is the mean share of a token's
-    visits that go to expert e, and P_e its mean probability. Our convention: 1.0 is balanced, for any k.
-    z (ST-MoE, arXiv 2202.08906, eq. 5): the mean of logsumexp(logits)^2, which keeps the logits small.
+    share (N,): each token's share in the means, 0 at padding, of sum 1.
+    Balance (Switch Transformer, arXiv 2101.03961, eq. 4): E * sum_e f_e * P_e, where f_e is the
+    mean share of a token's visits that go to expert e, and P_e its mean probability. In our
+    convention 1.0 is balanced, for any k.
+    z (ST-MoE, arXiv 2202.08906, eq. 5): the mean of logsumexp(logits)^2; it keeps logits small.
     """
-    visits = torch.zeros_like(routing.probs).scatter_(1, routing.experts, 1.0)  # (N, E) 1 where a token goes
+    n_experts = routing.probs.shape[1]
+    visits = torch.zeros_like(routing.probs).scatter_(1, routing.experts, 1.0)  # (N, E), 0 or 1
     load = share @ (visits / visits.sum(1, keepdim=True))  # (E,)
-    return visits.shape[1] * (load * (share @ routing.probs)).sum(), share @ routing.logits.logsumexp(-1).square()
+    mean_probs = share @ routing.probs  # (E,)
+    balance = n_experts * (load * mean_probs).sum()
+    z = share @ routing.logits.logsumexp(-1).square()
+    return balance, z
 
 
-class Remix(NamedTuple):
-    """A pathway to impose: `rows` replace the softmax of those routers where `at` is true (C3PO, arXiv 2504.07964)."""
+# --------------------------------------------------------------------------------------- one pass
 
-    rows: dict[int, torch.Tensor]  # router index -> (B, E), or (B, T, E) for a row of its own at every token
-    at: torch.Tensor | None = None  # (B, T) bool; None: at each row's last valid token
+
+class Imposed(NamedTuple):
+    """A pathway to impose: `rows` replace the probabilities of those routers where `at` is true.
+
+    This is all that re-mixing (C3PO, arXiv 2504.07964) needs of a model.
+    """
+
+    rows: dict[int, torch.Tensor]  # router index -> (B, E), or (B, T, E): a row for every token
+    at: torch.Tensor | None = None  # (B, T) bool; None: at the last valid token of each sequence
 
 
 @dataclass
 class Cache:
-    """What attention remembers of earlier tokens. Tensors are replaced by longer ones, never written in place."""
+    """What attention remembers of earlier tokens. Tensors are replaced, never written in place."""
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (B, G, S, C), rotated
     values: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (B, G, S, C)
     valid: torch.Tensor | None = None  # (B, S) bool, false at padding
 
     def extended(self, layer, k, v, write):
-        """A layer's keys and values with those of new tokens, k and v (B, G, T, C), behind them; kept if write."""
+        """A layer's keys and values, those of new tokens k, v (B, G, T, C) behind them.
+
+        They are kept if `write`.
+        """
         if layer in self.keys:
-            k, v = torch.cat([self.keys[layer], k], 2), torch.cat([self.values[layer], v], 2)  # (B, G, S+T, C)
+            k = torch.cat([self.keys[layer], k], 2)  # (B, G, S+T, C)
+            v = torch.cat([self.values[layer], v], 2)
         if write:
-            self.keys[layer], self.values[layer] = k, v
+            self.keys[layer] = k
+            self.values[layer] = v
         return k, v
 
 
 class Flow(NamedTuple):
-    """What all blocks share in one pass: positions, mask, cache, the imposed pathway, and the routing they report."""
+    """What all blocks share in one pass."""
 
     cos: torch.Tensor  # (B or 1, 1, T, C)
     sin: torch.Tensor  # (B or 1, 1, T, C), negative in the first half
     mask: torch.Tensor | None  # (B, 1, T, S+T) true where a query may look; None: plain causal
     cache: Cache | None
-    write: bool
-    rows: dict[int, torch.Tensor]  # router index -> (N, E)
-    at: torch.Tensor | None  # (N,) bool
-    routing: list[Routing]
+    write: bool  # whether the new tokens join the cache
+    rows: dict[int, torch.Tensor]  # the imposed pathway: router index -> (N, E)
+    at: torch.Tensor | None  # (N,) bool: where it is imposed
+    routing: list[Routing]  # what the routers report
     tokens: torch.Tensor | None  # (B, T) ids, for routing by token
 
 
+# ------------------------------------------------------------------------------------------ block
+
+
 class Attention(nn.Module):
-    """Causal attention with rotary positions, QK-norm, and key-value heads that several heads may share."""
+    """Causal attention with rotary positions, QK-norm, and key-value heads that heads may share."""
 
     def __init__(self, config: MoEConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.qk_norm, self.clip = layer, config.head_dim, config.qk_norm, config.clip_qkv
-        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q, self.k, self.v = (nn.Linear(config.d_model, w, bias=False) for w in (width, kv_width, kv_width))
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm
+        self.clip = config.clip_qkv
+        width = config.n_heads * config.head_dim
+        kv_width = config.n_kv_heads * config.head_dim
+        self.q = nn.Linear(config.d_model, width, bias=False)
+        self.k = nn.Linear(config.d_model, kv_width, bias=False)
+        self.v = nn.Linear(config.d_model, kv_width, bias=False)
         self.o = nn.Linear(width, config.d_model, bias=False)
-        if self.qk_norm != "none":
-            widths = (width, kv_width) if self.qk_norm == "full" else (config.head_dim, config.head_dim)
-            self.q_norm, self.k_norm = (nn.RMSNorm(w, config.norm_eps) for w in widths)
+        if self.qk_norm == "full":
+            self.q_norm = nn.RMSNorm(width, config.norm_eps)
+            self.k_norm = nn.RMSNorm(kv_width, config.norm_eps)
+        if self.qk_norm == "head":
+            self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(self, x, flow: Flow):
-        q, k, v = self.q(x), self.k(x), self.v(x)  # (B, T, H*C), (B, T, G*C) twice
+        """x (B, T, D) -> (B, T, D)."""
+        q, k, v = self.q(x), self.k(x), self.v(x)  # (B, T, H*C), and (B, T, G*C) twice
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
-            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # (B, T, H*C) -> (B, T, H, C)
+            q, k, v = (each.clamp(-self.clip, self.clip) for each in (q, k, v))
+
+        # Heads become a dimension of their own: (B, T, H*C) -> (B, T, H, C).
+        q, k, v = (each.unflatten(-1, (-1, self.head_dim)) for each in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, T, H, C) -> (B, H, T, C)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, H, T, C)
+
+        # Positions turn queries and keys; earlier tokens come from the cache.
         q, k = rotate(q, flow), rotate(k, flow)
         if flow.cache is not None:
             k, v = flow.cache.extended(self.layer, k, v, flow.write)  # (B, G, S+T, C)
-        grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, flow.mask, is_causal=flow.mask is None, enable_gqa=grouped)
-        return self.o(y.transpose(1, 2).flatten(2))  # (B, H, T, C) -> (B, T, H*C) -> (B, T, D)
+
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=flow.mask,
+            is_causal=flow.mask is None,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # (B, H, T, C)
+        return self.o(y.transpose(1, 2).flatten(2))  # (B, T, H*C) -> (B, T, D)
 
 
 def rotate(x, flow):
-    """Rotary positions (arXiv 2104.09864): turn each pair (x[c], x[c + C/2]) by an angle that grows with position."""
-    return x * flow.cos + x.roll(x.shape[-1] // 2, -1) * flow.sin  # (B, H, T, C)
+    """Rotary positions (arXiv 2104.09864): turn each pair (x[c], x[c + C/2]) of x (B, H, T, C).
+
+    The angle grows with the position, so that scores depend on distances between tokens.
+    """
+    half = x.shape[-1] // 2
+    return x * flow.cos + x.roll(half, -1) * flow.sin
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)) for each feed-forward sub-layer: one in a MoE block."""
+    """x + attention(norm(x)), then x + ffn(norm(x)) for each feed-forward sub-layer.
+
+    A MoE block has one such sub-layer, a Cartesian block two (cartesian.py).
+    """
 
     def __init__(self, config: MoEConfig, attention: Attention, ffns: list[nn.Module]):
         super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(config.d_model, config.norm_eps), attention
-        self.ffn_norms = nn.ModuleList(nn.RMSNorm(config.d_model, config.norm_eps) for _ in ffns)
+        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention = attention
+        norms = [nn.RMSNorm(config.d_model, config.norm_eps) for _ in ffns]
+        self.ffn_norms = nn.ModuleList(norms)
         self.ffns = nn.ModuleList(ffns)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, flow: Flow):
+        """x (B, T, D) -> (B, T, D)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), flow))
         for norm, ffn in zip(self.ffn_norms, self.ffns, strict=True):
             x = x + self.dropout(ffn(norm(x), flow))
         return x
 
 
+# ------------------------------------------------------------------------------------------ model
+
+
 class Output(NamedTuple):
-    """What a forward pass tells. The trainer weighs and adds the two router losses (means over routers; 0 without)."""
+    """What a forward pass gives. The trainer weighs the router losses and adds them to `loss`."""
 
     logits: torch.Tensor  # (B, T, V)
-    loss: torch.Tensor | None  # the pure cross-entropy, in nats per target; None without targets
-    balance_loss: torch.Tensor | float
-    z_loss: torch.Tensor | float
-    routing: list[Routing]  # one per router, bottom to top
+    loss: torch.Tensor | None  # the pure cross-entropy, nats per target; None without targets
+    balance_loss: torch.Tensor | float  # the mean over routers; 0 without routers
+    z_loss: torch.Tensor | float  # likewise
+    routing: list[Routing]  # one for each router, bottom to top
 
 
 class MoETransformer(nn.Module):
-    """The decoder: forward = head(run(embed(tokens))).
+    """The decoder: forward = head(run_blocks(embed(tokens))).
 
     >>> model = MoETransformer(MoEConfig(vocab_size=50, n_experts=8, top_k=2))
     >>> out = model(torch.randint(50, (3, 7)))
@@ -330,17 +493,23 @@ class MoETransformer(nn.Module):
     (torch.Size([3, 7, 50]), torch.Size([21, 2]))
     """
 
-    def __init__(self, config: MoEConfig):
+    def __init__(self, config: MoEConfig, router: type[Router] = Router):
         super().__init__()
         self.config = config
+        self.router_class = router
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        attentions = (Attention(config, layer) for layer in range(config.n_layers))
-        self.blocks = nn.ModuleList(Block(config, a, self.make_ffns(a.layer)) for a in attentions)
+        blocks = []
+        for layer in range(config.n_layers):
+            attention = Attention(config, layer)
+            blocks.append(Block(config, attention, self.make_ffns(layer)))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.unembedding = None if config.tied else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.unembedding = None
+        if not config.tied:
+            self.unembedding = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        for index, router in enumerate(self.routers()):
-            router.index = index
+        for index, each in enumerate(self.routers()):
+            each.index = index
         self.init_weights()
 
     def make_ffns(self, layer: int) -> list[nn.Module]:
@@ -348,140 +517,299 @@ class MoETransformer(nn.Module):
         config = self.config
         if layer in config.dense_layers:
             return [SwiGLU(config.d_model, config.d_dense)]
-        shared = SwiGLU(config.d_model, config.d_shared) if config.d_shared else None
-        return [MoE(Router(config), Experts(config), shared)]
+        shared = None
+        if config.d_shared > 0:
+            shared = SwiGLU(config.d_model, config.d_shared)
+        return [MoE(self.router_class(config), Experts(config), shared)]
 
     def init_weights(self):
-        """Normal, std 1/sqrt(fan-in); half of it where a sub-layer adds to the residual stream. Router and output layer
-        start near zero, so that experts start as equals and the first loss is close to ln V."""
+        """Normal, std 1/sqrt(fan-in); half of it where a sub-layer adds to the residual stream.
+
+        Router and output layer start near zero, so that experts start as equals and the first loss
+        is close to ln V.
+        """
         for name, weight in self.named_parameters():
+            std = weight.shape[-1] ** -0.5
             if weight.dim() == 1:  # the gain of a norm
                 nn.init.ones_(weight)
-            elif name == "embedding.weight":
-                nn.init.normal_(weight, std=0.02 if self.config.tied else 0.5)
+                continue
+            if name == "embedding.weight":
+                std = 0.02 if self.config.tied else 0.5
             elif name.endswith(("unembedding.weight", "router.weight")):
-                nn.init.normal_(weight, std=0.02)
-            else:
-                half = name.endswith((".o.weight", ".down", ".down.weight"))
-                nn.init.normal_(weight, std=(0.5 if half else 1.0) * weight.shape[-1] ** -0.5)
+                std = 0.02
+            elif name.endswith((".o.weight", ".down", ".down.weight")):
+                std = 0.5 * std
+            nn.init.normal_(weight, std=std)
+
+    def forward(self, tokens, targets=None, valid=None, cache=None, imposed=None) -> Output:
+        """tokens (B, T); targets (B, T): the token that should follow each, or IGNORE.
+
+        For the other arguments see `run_blocks`. ValueError for tensors that do not fit.
+        """
+        if targets is not None:
+            require_same_shape("targets", targets, tokens)
+        routing = []
+        x = self.embed(tokens)  # (B, T, D)
+        x = self.run_blocks(x, valid, cache, imposed=imposed, routing=routing, tokens=tokens)
+        logits = self.head(x)  # (B, T, V)
+
+        loss = None
+        if targets is not None:
+            flat = logits.flatten(0, 1)  # (B, T, V) -> (N, V)
+            loss = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE)
+
+        balance, z = 0.0, 0.0
+        if routing:
+            counted = torch.ones_like(tokens) if valid is None else valid  # (B, T)
+            share = counted.flatten().to(logits.dtype)  # (N,)
+            share = share / share.sum()
+            losses = [router_losses(each, share) for each in routing]
+            balance = sum(each[0] for each in losses) / len(losses)
+            z = sum(each[1] for each in losses) / len(losses)
+        return Output(logits, loss, balance, z, routing)
 
     def embed(self, tokens):
-        """tokens (B, T) -> (B, T, D). ValueError for another shape, or for tokens outside the vocabulary."""
-        shape, V = tuple(tokens.shape), self.config.vocab_size
-        require(len(shape) == 2 and tokens.numel() > 0, f"tokens have shape {shape}; expected (B, T), not empty")
-        low, high = (int(t) for t in tokens.aminmax())
-        require(0 <= low <= high < V, f"tokens go from {low} to {high}; the vocabulary goes from 0 to {V - 1}")
+        """tokens (B, T) -> (B, T, D). ValueError for tokens outside the vocabulary."""
+        require_tokens(tokens, self.config.vocab_size)
         return self.dropout(self.embedding(tokens))
 
-    def run(self, x, valid=None, cache=None, first=0, last=None, remix=None, write=True, routing=None, tokens=None):
-        """The residual stream x (B, T, D) through blocks first..last-1 (default: all); not yet normalised.
+    def run_blocks(
+        self,
+        x,
+        valid=None,
+        cache=None,
+        first=0,
+        last=None,
+        imposed=None,
+        write=True,
+        routing=None,
+        tokens=None,
+    ):
+        """The residual stream x (B, T, D) through blocks first..last-1 (default: all) -> (B, T, D).
 
-        valid (B, T) bool: false at padding, on the right. cache: earlier tokens; the new ones join them unless
-        write=False (a cache belongs to one choice of layers). remix: a pathway to impose; on one token, with first=l, a
-        cache and write=False, it is a step of C3PO. routing: a list that collects a Routing from every router passed.
-        tokens: the ids (B, T) behind x, which only routing by token asks for.
-        Raises ValueError for more tokens than the context, padding on the left, a pathway that does not fit.
+        valid: (B, T) bool, false at padding, which stands on the right.
+        cache: earlier tokens, of the same blocks. New tokens join them, unless write=False.
+        imposed: a pathway to impose. On one token, with first=l, a cache and write=False, this is
+            one step of C3PO (remix.py).
+        routing: a list that collects a Routing from every router on the way.
+        tokens: the ids (B, T) behind x, for which only routing by token asks.
+        Raises ValueError for more tokens than the context, padding on the left, a pathway that
+        does not fit. The result is not yet normalised; `head` does that.
         """
-        (B, T, _), config, device = x.shape, self.config, x.device
-        new = torch.ones(B, T, dtype=torch.bool, device=device) if valid is None else valid.bool()
-        require(new.shape == (B, T), f"valid has shape {tuple(new.shape)}; expected {(B, T)}")
-        falling = bool((new[:, 1:] <= new[:, :-1]).all())
-        require(falling, "valid is false before it is true; padding stands on the right")
-        past = new[:, :0] if cache is None or cache.valid is None else cache.valid  # (B, S)
-        seen, S = torch.cat([past, new], 1), past.shape[1]  # (B, S+T)
-        position = (seen.cumsum(1)[:, S:] - 1).clamp(min=0)  # (B, S+T) -> (B, T)
-        longest, limit = int(position.max()) + 1, config.context
-        require(longest <= limit, f"a sequence of {longest} tokens is longer than the context, {limit}")
-        rows, at, mask = {}, None, None
-        if remix is not None:
-            at = new & (position == position[:, -1:]) if remix.at is None else remix.at.bool()  # (B, T)
-            require(at.shape == (B, T), f"remix.at has shape {tuple(at.shape)}; expected {(B, T)}")
-            at = at.flatten()  # (B, T) -> (N,)
-            for index, row in remix.rows.items():
-                E, n = config.n_experts, len(self.routers())
-                fits = index in range(n) and row.shape in ((B, E), (B, T, E))
-                found = f"a pathway of shape {tuple(row.shape)} for router {index!r}"
-                require(fits, f"{found}; expected {(B, E)} or {(B, T, E)} for one of {n} routers")
-                rows[index] = (row if row.dim() == 3 else row[:, None].expand(-1, T, -1)).flatten(0, 1)  # (N, E)
-        if valid is None and S == 0:
-            position = position[:1]  # (1, T)
+        B, T, _ = x.shape
+        if valid is None:
+            new = torch.ones(B, T, dtype=torch.bool, device=x.device)
         else:
-            look = torch.ones(T, S + T, dtype=torch.bool, device=device).tril(S)  # (T, S+T) token t sees 0..S+t,
-            mask = (seen[:, None] & look | look.triu(S))[:, None]  # (B, 1, T, S+T) not padding, but always itself
-        half = config.head_dim // 2
-        frequency = config.rope_theta ** (torch.arange(half, device=device) / -half)  # (C/2,)
-        angle = (position[..., None] * frequency)[:, None]  # (B or 1, 1, T, C/2)
-        cos, sin = torch.cat([angle.cos()] * 2, -1).to(x.dtype), torch.cat([-angle.sin(), angle.sin()], -1).to(x.dtype)
-        flow = Flow(cos, sin, mask, cache, write, rows, at, [] if routing is None else routing, tokens)
+            new = valid.bool()
+            require_right_padding(new, B, T)
+
+        # Where each token stands: padding does not count.
+        past = new[:, :0] if cache is None or cache.valid is None else cache.valid  # (B, S)
+        S = past.shape[1]
+        seen = torch.cat([past, new], 1)  # (B, S+T)
+        position = (seen.cumsum(1)[:, S:] - 1).clamp(min=0)  # (B, S+T) -> (B, T)
+        require_context(position, self.config.context)
+
+        # What all blocks share.
+        mask = None
+        if valid is not None or S > 0:
+            mask = causal_mask(seen, T)  # (B, 1, T, S+T)
+        else:
+            position = position[:1]  # (1, T): all sequences have the same positions
+        cos, sin = rotary_angles(position, self.config)
+        rows, at = self.imposed_rows(imposed, new, position)
+        flow = Flow(
+            cos=cos.to(x.dtype),
+            sin=sin.to(x.dtype),
+            mask=mask,
+            cache=cache,
+            write=write,
+            rows=rows,
+            at=at,
+            routing=[] if routing is None else routing,
+            tokens=tokens,
+        )
         for block in self.blocks[first:last]:
             x = block(x, flow)
         if cache is not None and write:
             cache.valid = seen
         return x
 
+    def imposed_rows(self, imposed: Imposed | None, new, position):
+        """A pathway for a flat list of tokens -> rows {router: (N, E)}, at (N,)."""
+        if imposed is None:
+            return {}, None
+        B, T = new.shape
+        at = imposed.at
+        if at is None:
+            at = new & (position == position[:, -1:])  # (B, T) the last valid token
+        require_pathway(imposed.rows, at, (B, T), self.config.n_experts, len(self.routers()))
+        rows = {}
+        for index, row in imposed.rows.items():
+            if row.dim() == 2:
+                row = row[:, None].expand(-1, T, -1)  # (B, E) -> (B, T, E)
+            rows[index] = row.flatten(0, 1)  # (B, T, E) -> (N, E)
+        return rows, at.bool().flatten()  # (B, T) -> (N,)
+
     def head(self, x):
         """The residual stream (..., D) -> logits (..., V)."""
         output = self.embedding if self.unembedding is None else self.unembedding
         return wide(F.linear(self.norm(x), output.weight))
 
-    def forward(self, tokens, targets=None, valid=None, cache=None, remix=None) -> Output:
-        """tokens (B, T); targets (B, T): the token that should follow each, or IGNORE. For the others see `run`."""
-        routing = []
-        logits = self.head(self.run(self.embed(tokens), valid, cache, remix=remix, routing=routing, tokens=tokens))
-        loss, balance, z = None, 0.0, 0.0
-        if targets is not None:
-            same = targets.shape == tokens.shape
-            require(same, f"targets have shape {tuple(targets.shape)}; expected that of tokens, {tuple(tokens.shape)}")
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        share = (torch.ones_like(tokens) if valid is None else valid).flatten().to(logits.dtype)  # (B, T) -> (N,)
-        if routing:
-            losses = [router_losses(r, share / share.sum()) for r in routing]
-            balance, z = (sum(each) / len(routing) for each in zip(*losses, strict=True))
-        return Output(logits, loss, balance, z, routing)
-
-    def generate(self, tokens, n_tokens, temperature=0.0, stop=None, valid=None, generator=None):
-        """Continue prompts (B, T), greedily or sampled at a temperature; valid (B, T) is false at padding on the right.
-
-        Returns the new tokens (B, up to n_tokens). A row that has said `stop` repeats it; when all have, it ends.
-        """
-        return torch.stack([*self.stream(tokens, n_tokens, temperature, stop, valid, generator)], 1)  # (B, n)
-
     @torch.no_grad()
-    def stream(self, tokens, n_tokens, temperature=0.0, stop=None, valid=None, generator=None):
-        """The same, token by token: yields (B,)."""
-        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.bool()
-        need, limit = int(valid.sum(-1).max()) + n_tokens, self.config.context
-        require(n_tokens > 0, f"n_tokens is {n_tokens}; it must be at least 1")
-        require(need <= limit, f"prompt and {n_tokens} new tokens are {need} tokens; the context is {limit}")
-        training, cache = self.training, Cache()
+    def generate(
+        self,
+        tokens,
+        n_tokens,
+        temperature=0.0,
+        stop=None,
+        valid=None,
+        generator=None,
+        show: Callable | None = None,
+    ):
+        """Continue prompts (B, T) by up to n_tokens -> the new tokens (B, up to n_tokens).
+
+        temperature: 0 always takes the most probable token; above 0, tokens are drawn.
+        stop: a token that ends a sequence. A sequence that has ended repeats it.
+        valid: (B, T) bool, false at padding on the right.
+        show: a function that is called with the new tokens (B,) of each step as they come.
+        """
+        if valid is None:
+            valid = torch.ones_like(tokens, dtype=torch.bool)
+        require_room(valid, n_tokens, self.config.context)
+        was_training = self.training
         self.eval()
         try:
-            x = self.run(self.embed(tokens), valid, cache, tokens=tokens)  # (B, T, D)
-            x = x[torch.arange(len(x)), valid.sum(1) - 1]  # (B, T, D) -> (B, D) the last token of each prompt
-            done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-            for left in reversed(range(n_tokens)):
-                logits = self.head(x)  # (B, V)
-                token = logits.argmax(-1)  # (B,)
-                if temperature > 0:
-                    token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]  # (B,)
+            # All of the prompt at once; the last token of each sequence predicts the next one.
+            cache = Cache()
+            x = self.run_blocks(self.embed(tokens), valid, cache, tokens=tokens)  # (B, T, D)
+            row = torch.arange(len(x), device=x.device)
+            x = x[row, valid.sum(1) - 1]  # (B, T, D) -> (B, D)
+
+            # Then one token at a time.
+            new = []
+            ended = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            while True:
+                token = next_token(self.head(x), temperature, generator)  # (B,)
                 if stop is not None:
-                    token = token.masked_fill(done, stop)
-                    done = token == stop
-                yield token
-                if left == 0 or done.all():
-                    return
-                x = self.run(self.embed(new := token[:, None]), cache=cache, tokens=new)[:, 0]  # (B, 1, D) -> (B, D)
+                    token = token.masked_fill(ended, stop)
+                    ended = token == stop
+                new.append(token)
+                if show is not None:
+                    show(token)
+                if len(new) == n_tokens or ended.all():
+                    return torch.stack(new, 1)  # (B, n)
+                column = token[:, None]  # (B, 1)
+                x = self.run_blocks(self.embed(column), cache=cache, tokens=column)
+                x = x[:, 0]  # (B, 1, D) -> (B, D)
         finally:
-            self.train(training)
+            self.train(was_training)
 
     def routers(self) -> list[Router]:
-        """The routers, bottom to top; Remix.rows and Output.routing count them so."""
+        """The routers, bottom to top; Imposed.rows and Output.routing count them so."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
     def n_params(self, activated=False) -> int:
-        """Parameters in all, or those that one token uses: without the experts that it does not visit."""
-        idle = 0
-        for moe in (module for module in self.modules() if activated and isinstance(module, MoE)):
-            E = len(moe.experts.down)
-            idle += sum(p.numel() for p in moe.experts.parameters()) * (E - moe.router.top_k) // E
-        return sum(p.numel() for p in self.parameters()) - idle
+        """The number of parameters; activated: only of those that one token uses."""
+        total = sum(weight.numel() for weight in self.parameters())
+        if not activated:
+            return total
+        idle = 0  # in experts that a token does not visit
+        for module in self.modules():
+            if isinstance(module, MoE):
+                size = sum(weight.numel() for weight in module.experts.parameters())
+                n_experts = len(module.experts.down)
+                idle += size * (n_experts - module.router.top_k) // n_experts
+        return total - idle
+
+
+def next_token(logits, temperature, generator):
+    """logits (B, V) -> the most probable token (B,), or one drawn at a temperature above 0."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits / temperature).softmax(-1)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+
+
+def causal_mask(seen, T: int):
+    """seen (B, S+T) bool: what is no padding -> (B, 1, T, S+T) bool: where a query may look."""
+    S = seen.shape[1] - T
+    look = torch.ones(T, S + T, dtype=torch.bool, device=seen.device)
+    look = look.tril(S)  # token t sees the places 0..S+t,
+    itself = look.triu(S)
+    mask = seen[:, None] & look | itself  # not padding, but always itself
+    return mask[:, None]
+
+
+def rotary_angles(position, config: MoEConfig):
+    """position (B or 1, T) -> cos and sin (B or 1, 1, T, C) of the angles; see `rotate`."""
+    half = config.head_dim // 2
+    exponent = torch.arange(half, device=position.device) / -half
+    frequency = config.rope_theta**exponent  # (C/2,)
+    angle = (position[..., None] * frequency)[:, None]  # (B or 1, 1, T, C/2)
+    cos = torch.cat([angle.cos(), angle.cos()], -1)
+    sin = torch.cat([-angle.sin(), angle.sin()], -1)
+    return cos, sin
+
+
+# ---------------------------------------------------------------------------------- input checks
+
+
+def require_tokens(tokens, vocab_size: int):
+    """ValueError unless tokens are (B, T), not empty, and of the vocabulary."""
+    shape = tuple(tokens.shape)
+    require(
+        len(shape) == 2 and tokens.numel() > 0,
+        f"tokens have shape {shape}; expected (B, T), not empty",
+    )
+    low, high = (int(each) for each in tokens.aminmax())
+    require(
+        0 <= low <= high < vocab_size,
+        f"tokens go from {low} to {high}; the vocabulary goes from 0 to {vocab_size - 1}",
+    )
+
+
+def require_same_shape(name: str, tensor, tokens):
+    """ValueError unless a tensor has the shape of tokens."""
+    shape, expected = tuple(tensor.shape), tuple(tokens.shape)
+    require(shape == expected, f"{name} have shape {shape}; expected that of tokens, {expected}")
+
+
+def require_right_padding(valid, B: int, T: int):
+    """ValueError unless valid is (B, T), and true before it is false."""
+    shape = tuple(valid.shape)
+    require(shape == (B, T), f"valid has shape {shape}; expected {(B, T)}")
+    falling = bool((valid[:, 1:] <= valid[:, :-1]).all())
+    require(falling, "valid is false before it is true; padding stands on the right")
+
+
+def require_context(position, context: int):
+    """ValueError if a token stands beyond the context."""
+    longest = int(position.max()) + 1
+    require(
+        longest <= context, f"a sequence of {longest} tokens is longer than the context, {context}"
+    )
+
+
+def require_pathway(rows: dict, at, shape: tuple, n_experts: int, n_routers: int):
+    """ValueError unless the rows of an imposed pathway fit tokens of shape (B, T)."""
+    B, T = shape
+    found = tuple(at.shape)
+    require(found == (B, T), f"imposed.at has shape {found}; expected {(B, T)}")
+    expected = f"{(B, n_experts)} or {(B, T, n_experts)} for one of {n_routers} routers"
+    for index, row in rows.items():
+        fits = row.shape in ((B, n_experts), (B, T, n_experts))
+        require(
+            fits and index in range(n_routers),
+            f"a pathway of shape {tuple(row.shape)} for router {index!r}; expected {expected}",
+        )
+
+
+def require_room(valid, n_tokens: int, context: int):
+    """ValueError unless prompts and n_tokens new tokens fit into the context."""
+    require(n_tokens > 0, f"n_tokens is {n_tokens}; it must be at least 1")
+    need = int(valid.sum(-1).max()) + n_tokens
+    require(
+        need <= context,
+        f"prompt and {n_tokens} new tokens are {need} tokens; the context is {context}",
+    )

@@ -1,160 +1,233 @@
-"""Re-mixing and its rivals: nobody sees a label, each does what its name says, and the numbers are counted right."""
+"""Re-mixing and its rivals: no method sees a label, and each does what its name says."""
 
-import copy
-import functools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_eval import call
-from test_moe import tiny
+from by_hand import close, decided
 
-import eval as eval_py
-import train_toy
-from lab import cost, stats
-from lab.baselines import METHODS, Arena, fine_tuning, plain, wrong_labels
-from lab.contest import Outcome, summary
-from remix import ReferenceSet, RemixConfig, choose, padded
+from lab.remixing import cost
+from lab.remixing.arena import Arena, Outcome, own_answers
+from lab.remixing.contest import contest, pooled
+from lab.remixing.controls import wrong_labels
+from lab.remixing.methods import METHODS, Method, answered, settings_of
+from lab.remixing.rivals import tuned_model
+from lab.remixing.sweeps import sweeps
+from lab.remixing.tables import gain_table, report
+from lab.tools import cli, statistics
+from moe import MoEConfig, MoETransformer
+from pathways import ReferenceSet, padded
+from remix import NeighbourLoss, RemixConfig
 
-SMALL = "--steps 2 --batch 2 --eval-every 2 --d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
+
+def an_arena(lengths, n_references: int, **sizes) -> Arena:
+    """Six prompts of these lengths in turn; of three references the model knows two."""
+    sizes = {"n_layers": 3, "n_experts": 8, "top_k": 2, "d_expert": 8} | sizes
+    config = MoEConfig(11, context=32, d_model=16, **sizes)
+    model = decided(MoETransformer(config)).double().eval()
+    solved = [torch.randint(1, 11, (lengths[i % 3],)) for i in range(n_references)]
+    asked = [torch.randint(1, 11, (lengths[i % 3],)) for i in range(6)]
+    for row in asked:
+        row[0] = 0  # no reference begins so
+    labels = torch.stack([model(row[None]).logits[0, -1].argmax() for row in solved])
+    labels[::3] = (labels[::3] + 1) % 11
+    tokens, lengths = padded(asked, 11)
+    references = ReferenceSet.build(model, solved, labels)
+    settings = RemixConfig(embedding="tfidf", steps=3)
+    return Arena(model, tokens, torch.arange(6), references, settings, lengths)
 
 
 @pytest.fixture
-def arena(n=6, m=30):
-    """Six samples of three to five tokens; of thirty references the model answers two thirds right."""
-    model = tiny(context=32).eval()
-    known, asked = ([torch.randint(1, 11, (3 + i % 3,)) for i in range(count)] for count in (m, n))
-    asked = [torch.cat([torch.zeros(1, dtype=torch.int64), row]) for row in asked]
-    (tokens, lengths), (rows, sizes) = padded(known, 11), padded(asked, 11)
-    labels = model(tokens, valid=torch.arange(tokens.shape[1]) < lengths[:, None]).logits
-    labels = labels[torch.arange(m), lengths - 1].argmax(-1)
-    labels[::3] = (labels[::3] + 1) % 11
-    config = RemixConfig(embedding="tfidf", duplicate=1.0, steps=3)
-    return Arena(model, rows, torch.arange(n) % 11, ReferenceSet.build(model, known, labels), config, sizes)
+def arena() -> Arena:
+    return an_arena((3, 4, 5), 30)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_no_method_sees_a_label(arena, name):
-    """Other labels, the same answers; only the oracle and its null answer otherwise. Each method is deterministic,
-    keeps base apart, and leaves the model as it was."""
-    method, weights = METHODS[name], [weight.clone() for weight in arena.model.parameters()]
-    if name in ("router tuning", "router tuning, RoMA", "full fine-tuning"):
-        method = functools.partial(method, steps=5, batch=8)
-    first, again, base = method(arena), method(arena), plain(arena, arena.model)
-    assert torch.equal(first.logits, again.logits) and torch.equal(first.logits_before, base.logits)
+    """Other labels, the same answers; only the oracle and its null answer otherwise.
+
+    Each method is deterministic, and leaves the model and its own answers as they were."""
+    weights = [weight.clone() for weight in arena.model.parameters()]
+    brief = {"steps": 5, "batch": 8} if METHODS[name].trains_weights else {}
+    first = answered(name, arena, **brief)
+    assert torch.equal(first.logits, answered(name, arena, **brief).logits)
+    assert torch.equal(first.logits_before, own_answers(arena).logits)
     assert all(map(torch.equal, weights, arena.model.parameters()))
-    arena.labels = (arena.labels + 5) % 11
-    assert torch.equal(method(arena).logits, first.logits) != name.startswith("oracle")
     if name not in ("entropy", "noisy ensemble"):
         assert not torch.equal(first.logits, first.logits_before)
 
-
-def test_rivals_do_what_they_say(arena):
-    """In-context learning is a longer prompt; a vote counts labels; tuned routers leave all other weights; a soft
-    prompt and a prefix that take no step are their start; the null's labels are wrong."""
-    found = arena.neighbours
-    shown, n = METHODS["in-context"](arena), arena.lengths
-    known = arena.references
-    for i in range(len(n)):
-        solved = [torch.cat([known.tokens[j, : known.lengths[j]], known.labels[j, None]]) for j in found.index[i]]
-        long = torch.cat([*reversed(solved), arena.tokens[i, : n[i]]])
-        torch.testing.assert_close(shown.logits[i], arena.model(long[None]).logits[0, -1])
-        votes = torch.zeros(11).index_add(0, known.labels[found.index[i]], found.weight[i])
-        torch.testing.assert_close(METHODS["kNN vote"](arena).logits[i].float(), votes)
-    mean = arena.model.embedding.weight.mean(0).expand(len(n), 2, -1)
-    x = torch.cat([mean, arena.model.embed(arena.tokens)], 1)
-    valid = torch.arange(x.shape[1]) < n[:, None] + 2
-    expected = arena.model.head(arena.model.run(x, valid))[torch.arange(len(n)), n + 1]
-    for name in ("soft prompt", "prefix tuning"):
-        torch.testing.assert_close(METHODS[name](arena, length=2, steps=0).logits, expected)
     assert (wrong_labels(arena) != arena.labels).all()
-    moved = METHODS["best of 21 routes"](arena, noise=2.0).losses
-    assert (moved[:, 1] <= moved[:, 0]).all() and (moved[:, 1] < moved[:, 0]).any()
+    arena.labels = (arena.labels + 5) % 11
+    other = answered(name, arena, **brief)
+    assert torch.equal(other.logits, first.logits) != name.startswith("oracle")
 
 
-def test_fine_tuning_learns(arena, monkeypatch):
-    """Tuned weights answer the references better; only the routers move where only they were asked for."""
-    kept, known, usable, deepcopy = [], arena.references, arena.references.correct, copy.deepcopy
-    monkeypatch.setattr("lab.baselines.copy.deepcopy", lambda model: kept.append(deepcopy(model)) or kept[-1])
+def test_every_method_has_settings(arena):
+    """A method has settings that were tried for it, or it shares another's; else it is refused.
+
+    So all controls of NGD take its steps, and what a user gives reaches them too."""
+    arena.task = "skills"
+    for name, method in METHODS.items():
+        owner = METHODS[method.like or name]
+        tuned = owner.tuned["skills"]
+        assert tuned in owner.tries
+        expected = tuned | ({"lr": 0.7} if owner is METHODS["NGD"] else {})
+        assert settings_of(name, arena, {"lr": 0.7}) == expected
+    with pytest.raises(ValueError, match="a method needs settings to try"):
+        Method(own_answers)
+
+
+def test_in_context_is_a_longer_prompt(arena):
+    """The solved neighbours stand before the prompt, the nearest last. A vote counts labels."""
+    logits = answered("in-context", arena).logits
+    votes = answered("kNN vote", arena).logits
+    references, near = arena.references, arena.neighbours
+    for i, length in enumerate(arena.lengths):
+        row = arena.tokens[i, :length]
+        expected = torch.zeros(11)
+        for j, weight in zip(near.index[i], near.weight[i], strict=True):
+            solved = references.tokens[j, : references.lengths[j]]
+            row = torch.cat([solved, references.labels[j, None], row])
+            expected[references.labels[j]] += weight
+        close(logits[i], arena.model(row[None]).logits[0, -1])
+        close(votes[i].float(), expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["soft prompt", "prefix tuning"])
+def test_a_prompt_before_the_prompt(arena, name):
+    """Without a step both are their start: two mean embeddings before the prompt."""
+    logits = answered(name, arena, length=2, steps=0).logits
+    model = arena.model
+    mean = model.embedding.weight.mean(0).expand(1, 2, -1)
+    for i, length in enumerate(arena.lengths):
+        x = torch.cat([mean, model.embed(arena.tokens[i : i + 1, :length])], 1)
+        close(logits[i], model.head(model.run_blocks(x))[0, -1])
+
+
+def test_the_best_route_has_a_lower_loss(arena):
+    """Never higher than along the model's own pathway."""
+    result = answered("best of 21 routes", arena, noise=2.0)
+    near = arena.neighbours.of(torch.arange(6), "cpu")
+    loss = NeighbourLoss(arena.tail, near, arena.references, arena.config)
+    with torch.no_grad():
+        gain = loss(result.pathway_before) - loss(result.pathway)
+    assert gain.min() > -1e-9
+    assert gain.max() > 1e-3
+
+
+@pytest.mark.parametrize("only_routers", [True, False], ids=["routers", "all weights"])
+def test_tuning_learns_the_references(arena, only_routers):
+    """Tuned weights answer the references better, and only what was to be trained moves."""
+    tuned = tuned_model(arena, only_routers, lr=1e-2, steps=10, batch=8)
+    references = arena.references
 
     def loss(model):
-        valid = torch.arange(known.tokens.shape[1]) < known.lengths[:, None]
-        logits = model(known.tokens, valid=valid).logits[torch.arange(30), known.lengths - 1]
-        return F.cross_entropy(logits[usable], known.labels[usable])
+        valid = torch.arange(5) < references.lengths[:, None]
+        logits = model(references.tokens, valid=valid).logits
+        last = logits[torch.arange(len(logits)), references.lengths - 1]  # (m, V)
+        return F.cross_entropy(last[references.correct], references.labels[references.correct])
 
-    for routers in (True, False):
-        fine_tuning(arena, routers, lr=1e-2, steps=10, batch=8)
-        tuned = dict(kept[-1].named_parameters())
-        moved = {name for name, weight in arena.model.named_parameters() if not torch.equal(weight, tuned[name])}
-        assert all(("router" in name) or not routers for name in moved)
-        assert {name for name in tuned if "router" in name} <= moved
-        assert loss(kept[-1]) < loss(arena.model)
+    assert loss(tuned) < loss(arena.model)
+    before = dict(arena.model.named_parameters())
+    for name, weight in tuned.named_parameters():
+        moved = not torch.equal(weight, before[name])
+        assert moved or "router" not in name
+        assert "router" in name or not (moved and only_routers)
 
 
 def test_bootstrap():
-    """Without spread the interval is a point; clusters count, not samples; seeds that differ widen it."""
+    """Without spread the interval is a point; clusters count, not samples; seeds widen it."""
     clusters = [np.repeat(np.arange(25), 4)] * 3
     rng = np.random.default_rng(0)
-    assert stats.bootstrap([np.full(100, 0.25)] * 3, clusters) == (0.25, 0.25)
-    alike = [np.repeat(rng.normal(size=25), 4) for _ in clusters]  # the four samples of a cluster are one
-    (low, high), (near, far) = stats.bootstrap(alike, clusters), stats.bootstrap(alike, [np.arange(100)] * 3)
-    assert high - low > 1.2 * (far - near)  # four copies are not four samples
-    apart = [values + shift for values, shift in zip(alike, (-1, 0, 1), strict=True)]
-    wide_low, wide_high = stats.bootstrap(apart, clusters)
-    assert wide_high - wide_low > 1.5 * (high - low) and low < np.mean(alike) < high
-    assert stats.paired([1, 2, 3], [0, 1.5, 1]) == pytest.approx(0.1181, abs=1e-3)
+    assert statistics.bootstrap([np.full(100, 0.25)] * 3, clusters) == (0.25, 0.25)
+    values = [np.repeat(rng.normal(size=25), 4) for _ in clusters]
+    low, high = statistics.bootstrap(values, clusters)
+    near, far = statistics.bootstrap(values, [np.arange(100)] * 3)  # were copies samples
+    assert high - low > 1.2 * (far - near)
+    apart = [values[0] - 1, values[1], values[2] + 1]
+    wide_low, wide_high = statistics.bootstrap(apart, clusters)
+    assert wide_high - wide_low > 1.5 * (high - low)
 
 
-def test_summary_counts():
-    """Accuracy, gain, fixed and broken of two runs, by hand."""
-    base, after = np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 1], bool)
-    changed, rows = np.array([1, 0, 0, 0], bool), {"base": base, "NGD": after}
-    run = {name: Outcome(right, right, changed, 0.004) for name, right in rows.items()}
-    row = summary([run, run], [np.arange(4)] * 2)["NGD"]
-    found = [row[key] for key in ("accuracy", "gain", "fixed", "broken", "changed", "ms")]
-    assert found == pytest.approx([0.75, 0.25, 1.0, 0.5, 0.25, 1.0])
-    part = summary([run, run], [np.arange(4)] * 2, [base, base])["NGD"]
-    assert part["gain"] == -0.5 and part["each"] == [0.5, 0.5]
+def test_pooled_counts():
+    """Accuracy, gain, fixed and broken of two runs, by hand; then on two of the four prompts."""
+    base = np.array([True, True, False, False])
+    after = np.array([True, False, True, True])
+    changed = np.array([True, False, False, False])
+    outcomes = (Outcome(right, right, changed, 0.004) for right in (base, after))
+    run = dict(zip(("base", "NGD"), outcomes, strict=True))
+    clusters = [np.arange(4)] * 2
+    row = pooled([run, run], clusters)["NGD"]
+    expected = {"accuracy": 0.75, "gain": 0.25, "fixed": 1, "broken": 0.5, "changed": 0.25, "ms": 1}
+    assert {key: row[key] for key in expected} == pytest.approx(expected)
+    row = pooled([run, run], clusters, [base, base])["NGD"]
+    assert (row["gain"], row["each"]) == (-0.5, [0.5, 0.5])
 
 
+def test_contest_and_report(arena):
+    """Three runs: a table, tests over the seeds; and the contest beside itself, in pairs."""
+    names = ["NGD", "kernel regression", "oracle", "oracle's null"]
+    folders = [Path(f"skills-s{seed}") for seed in range(3)]
+    result = contest(folders, [arena] * 3, names, {}, [], "3 seeds, dev")
+    assert set(json.loads(json.dumps(result))) == set(result)
+    text = report(result)
+    assert f"{result['rows']['NGD']['accuracy']:.1%}" in text
+    assert "paired t-tests over 3 seeds" in text
+    assert "+0.0% (+0.0% to +0.0%)" in gain_table(result, result)
+
+
+@pytest.mark.full
+def test_sweeps():
+    """Every variation runs; those that are NGD as it is gain the same."""
+    result = sweeps([an_arena((3, 3, 3), 90, n_layers=4, n_experts=16)])
+    gains = {value: row["gain"] for rows in result.values() for value, row in rows.items()}
+    for value in ("3", "gaussian", "last", "0.5", "logits normed 0.5", "6656"):
+        assert gains[value] == gains["all"]
+
+
+@pytest.mark.full
 def test_formula_is_what_the_profiler_counts():
-    """The formula's rows against torch's own count of a real run; and both forms of NGD find the same losses."""
-    sizes, T, n = cost.MoEConfig(97, 32, 32, 3, 2, n_experts=8, top_k=2, d_expert=32), 24, 2
-    _, counts, apart = cost.race(sizes, T, "last:2", 2 * n, n, torch.float64, rounds=1)
-    model = cost.MoETransformer(sizes).double().eval()
+    """The formula against torch's own count of a real run; both forms find the same losses."""
+    sizes = MoEConfig(97, 32, 32, 3, 2, n_experts=8, top_k=2, d_expert=32)
+    T, n = 24, 2
+    _, operations, apart = cost.race(sizes, T, "last:2", 2 * n, n, torch.float64, rounds=1)
+    assert apart < 1e-12
+
+    model = MoETransformer(sizes).double().eval()
+    x = model.embed(torch.zeros(1, T, dtype=torch.int64)).detach()
     with torch.no_grad():
-        forward = cost.counted(lambda: model.head(model.run(model.embed(torch.zeros(1, T, dtype=torch.int64)))[:, -1]))
-    rows = [*cost.formula(sizes, T, 2, 3, 10).values()]
-    found = [counts[name] / forward for name in ("exact", "prefixes", "naive")]
-    assert found == pytest.approx([rows[1], rows[2] * (T - 1) / T, rows[3]], rel=0.05) and apart < 1e-12
-    olmoe = [*cost.formula(cost.OLMOE, 100, 5, 3, 10).values()]
-    assert olmoe[:3] == pytest.approx([0.18, 0.25, 3.0], abs=0.015) and 35 < olmoe[3] < 45
+        forward = cost.counted(lambda: model.head(model.run_blocks(x)[:, -1]))
+    counts = [operations[name] / forward for name in ("exact", "prefixes", "naive")]
+    _, steps, prefixes, naive = cost.formula(sizes, T, 2, 3, 10).values()
+    assert counts == pytest.approx([steps, prefixes * (T - 1) / T, naive], rel=0.05)
+    olmoe = list(cost.formula(cost.OLMOE, 100, 5, 3, 10).values())
+    assert olmoe == pytest.approx([0.18, 0.25, 3.0, 40], rel=0.1)
 
 
+@pytest.mark.full
 def test_commands(tmp_path, monkeypatch, capsys):
-    """A run ends with a taste of re-mixing; eval.py remix prints the table, and writes JSON and figures."""
+    """A run ends with a taste of re-mixing; eval.py remix prints the table and writes files."""
+    import eval as eval_py
+    import train_toy
+
     monkeypatch.chdir(tmp_path)
-    assert call(train_toy.main, "train_toy.py", f"{SMALL} --out out/a") == 0
-    assert "kernel regression" in capsys.readouterr().out
-    line = "remix out/a --split test --most 12 --methods NGD,oracle --steps 2 --strict"
-    assert call(eval_py.main, "eval.py", line) == 0
-    text, found = capsys.readouterr().out, json.loads(Path("out/a/remix-test-strict.json").read_text())
-    assert found["rows"].keys() == {"base", "NGD", "oracle"} and found["prompts"] == 12
-    assert f"{found['rows']['NGD']['accuracy']:.1%}" in text and "clear cues" in text
-    assert len([*Path("out/a").glob("remix-test-strict*.png")]) == 3
-    assert call(eval_py.main, "eval.py", "remix --methods NDG") == 2
-    assert call(eval_py.main, "eval.py", "remix --layers last:9") == 1
-    assert call(eval_py.main, "eval.py", "remix --kernel gausian") == 2
-    assert call(eval_py.main, "eval.py", "remix --beside out/a out/a") == 2
-    assert call(eval_py.main, "eval.py", "remix --most 0") == 2
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert len(errors) == 5 and "did you mean NGD?" in errors[0]
-
-
-def test_choose():
-    """The most probable token, or the most probable option."""
-    logits, options = torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[3, 1]])
-    assert choose(logits).tolist() == [0] and choose(logits, options).tolist() == [1]
+    sizes = "--d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
+    remixing = "--split test --most 12 --methods NGD,oracle --steps 2 --strict"
+    lines = {
+        train_toy.main: f"train_toy.py --steps 2 --batch 2 --eval-every 2 --out out/a {sizes}",
+        eval_py.main: f"eval.py remix out/a {remixing}",
+    }
+    for main, line in lines.items():
+        monkeypatch.setattr(sys, "argv", line.split())
+        with pytest.raises(SystemExit, match="0"):
+            cli.program(main)
+    text = capsys.readouterr().out
+    assert "re-mixing its experts" in text
+    assert "clear cues" in text
+    result = json.loads(Path("out/a/remix-test-strict.json").read_text())
+    assert list(result["rows"]) == ["base", "NGD", "oracle"]
+    assert len(list(Path("out/a").glob("remix-test-strict*.png"))) == 3

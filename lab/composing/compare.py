@@ -1,0 +1,297 @@
+"""Presets x seeds on one text, compared in pairs:
+
+python -m lab.composing.compare train --data-file TEXT --presets cartesian,fine_grained --seeds 0-12
+python -m lab.composing.compare table     what the results file says, for one number of --steps
+
+`train` trains the runs that the results file lacks, and adds a line to it for each. It continues
+what was cut off, and several processes may share the work. All presets see the same batches.
+"""
+
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+
+from cartesian import TOY
+from data import load_task
+from lab.composing.effects import BASE
+from lab.composing.presets import PRESETS, build_model, preset
+from lab.composing.robustness import activated_parameters, robustness
+from lab.composing.sharing import composed_blocks, sharing
+from lab.composing.verdict import DECLARED, comparison_report, draw_figures
+from lab.tools import cli, runs
+from moe import MoEConfig, require
+
+# Runs are compared only if they agree in these, in these sizes, and in all settings of train_toy.py
+# but those that are FREE.
+SAME = ("data", "tokenizer", "device")
+SIZES = ("d_model", "n_layers", "context", "vocab_size")
+FREE = {"preset", "seed", "lr", "steps", "eval_every", *SAME}
+# What tells one run from another, and what else its line has to say.
+IDENTITY = ("preset", "lr", "norm_topk", "dropout", "seed", "steps", *SAME)
+SCORES = ("total", "activated", "step", "train", "dev", "test", "settings")
+
+
+@dataclass
+class Plan:
+    """What to train, or to show."""
+
+    data_file: Annotated[str | None, "the text, its documents ended by <|endoftext|>"] = None
+    valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
+    tokenizer: Annotated[str, "as in train_toy.py"] = "tinystories"
+    presets: Annotated[str, "names of presets, with commas"] = "cartesian,fine_grained"
+    seeds: Annotated[str, "such as 0-12, or 0,5"] = "0-2"
+    steps: Annotated[int, "optimiser steps"] = 2500
+    lr: Annotated[float, "peak learning rate"] = 3e-3
+    norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
+    dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
+    device: Annotated[Literal["cpu", "cuda"], "where to train"] = "cpu"
+    results: Annotated[str, "the file of results"] = "results/compare.jsonl"
+    out: Annotated[str, "where the folders of the runs are"] = "out/compare"
+
+    def __post_init__(self):
+        self.seed_list = []
+        for text in self.seeds.split(","):
+            ends = text.split("-")
+            digits = all(end.isdigit() for end in ends)
+            require(digits, f"seeds are {self.seeds!r}; expected numbers, such as 0-12 or 0,5")
+            self.seed_list += range(int(ends[0]), int(ends[-1]) + 1)
+        self.preset_list = self.presets.split(",")
+        for name in self.preset_list:
+            hint = cli.nearest(name, PRESETS)
+            require(name in PRESETS, f"no preset is called {name!r}{hint}")
+
+
+def main(argv=None) -> int:
+    """Execute a sub-command -> the exit code."""
+    commands = {"train": train, "table": table}
+    usage = "%(prog)s {train,table} [flags]"
+    parser = cli.Parser("lab.composing.compare", usage=usage, description=__doc__)
+    parser.add_argument("command", choices=commands, help="see above")
+    cli.add_flags(parser, Plan)
+    given = parser.parse(argv)
+    torch.set_num_threads(1)
+    command = commands[given.pop("command")]
+    return command(cli.fill(Plan, given))
+
+
+# ---- train
+
+
+def train(plan: Plan) -> int:
+    """Train the runs of the plan that the results file lacks, one after the other."""
+    if plan.data_file is None:
+        raise cli.Usage("train needs --data-file PATH")
+    files = {"data_file": plan.data_file, "valid_file": plan.valid_file}
+    text = {"data": "text", "tokenizer": plan.tokenizer} | files
+    task = load_task(text | {"seed": 0}, TOY["context"])
+    same = ("steps", "lr", "norm_topk", "dropout", "tokenizer", "device")
+    settings = {name: getattr(plan, name) for name in same} | {"data": fingerprint(task)}
+    new = settings | {"settings": {"model": {}, "train": {}}}
+    require_comparable([*read_runs(plan.results), new], plan.results)
+
+    with cli.Interrupt() as interrupt:
+        # Seed by seed, so that pairs are complete early.
+        for seed, name in itertools.product(plan.seed_list, plan.preset_list):
+            run = {"preset": name, "seed": seed} | settings
+            folder = run_folder(plan.out, run)
+            with locked(folder) as free:
+                done = any(run.items() <= line.items() for line in read_runs(plan.results))
+                if done or not free:
+                    continue
+                train_run(folder, run, text, interrupt)
+                if interrupt.asked:
+                    return 130
+                line = run | measure_run(folder, task)
+                append_line(plan.results, line)
+                (folder / "state.safetensors").unlink()  # it was for resuming only
+            perplexity, seconds = line["dev"]["perplexity"], line["seconds"]
+            print(f"{folder}: dev {perplexity:.3f}, {seconds:.0f} s", flush=True)
+    return 0
+
+
+def fingerprint(task) -> str:
+    """A checksum of all tokens that models learn from or are scored on."""
+    digest = hashlib.sha256()
+    for split, row in task.rows.items():
+        digest.update(split.encode() + row.tobytes())
+    return digest.hexdigest()
+
+
+def run_folder(out: str, run: dict) -> Path:
+    """The folder of a run, named by its settings."""
+    marks = [f"{run['preset']}-s{run['seed']}"]
+    for name, value in run.items():
+        if name not in ("preset", "seed"):
+            marks.append(f"{value:g}" if isinstance(value, float) else str(value)[:11])
+    return Path(out, "-".join(marks))
+
+
+@contextmanager
+def locked(folder: Path):
+    """Keep other processes from a folder. Yields false where one of them is already at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / "lock"
+    try:
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        print(f"{folder}: another process is at it; if none is, delete {lock}", flush=True)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.unlink()
+
+
+def train_run(folder: Path, run: dict, text: dict, interrupt: cli.Interrupt):
+    """Train a run by train_toy.py, from where its folder stands. ValueError if that fails."""
+    flags = [f"--resume={folder}"]
+    if not (folder / "state.safetensors").exists():
+        names = ("preset", "seed", "steps", "lr", "dropout", "device")
+        given = {name: run[name] for name in names} | text
+        given |= {"out": folder, "eval_every": max(1, run["steps"] // 5)}
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        if run["norm_topk"]:
+            flags.append("--norm-topk")
+    with open(folder / "report.txt", "a+", encoding="utf-8") as report:
+        command = [sys.executable, "-m", "train_toy", *flags]
+        code = subprocess.call(command, stdout=report, stderr=report)
+        if code == 130:  # Ctrl-C reaches both processes, and train_toy.py has saved
+            interrupt.asked = True
+        report.seek(0)
+        lines = report.read().splitlines() or [""]
+        require(code in (0, 130), f"{folder}: {lines[-1].strip()}")
+
+
+def measure_run(folder: Path, task) -> dict:
+    """All that is said of a finished run, so that its weights need not be kept."""
+    model, train_settings = runs.load(folder)
+    settings = runs.read_settings(folder)
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    result = {
+        "total": model.n_params(),
+        "activated": activated_parameters(model, task),
+        "seconds": log[-1]["seconds"],
+    }
+    result |= json.loads((folder / "scores.json").read_text(encoding="utf-8"))  # dev and test
+    result["train"] = task.score(model, "train", most=1024)
+    result["curve"] = [[line["step"], line["dev"]["loss"]] for line in log]
+    if model.routers():
+        result["robustness"] = robustness(model, task)
+        if composed_blocks(model):
+            result["sharing"] = sharing(model, task)
+    seconds = race([BASE, train_settings["preset"]], 11)
+    result["step"] = float(np.median(seconds[:, 1] / seconds[:, 0]))
+    for name in ("data_file", "valid_file", "out", "resume"):  # of one machine only
+        settings["train"].pop(name, None)
+    return result | {"settings": settings}
+
+
+def race(names: list[str], turns: int):
+    """Time a training step of each preset -> seconds (turns, presets).
+
+    They take turns, so that what slows the machine slows them all, in an order that changes.
+    """
+    models = [build_model(asdict(preset(name, MoEConfig(**TOY)))) for name in names]
+    optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in models]
+    tokens, targets = torch.randint(TOY["vocab_size"], (2, 8, TOY["context"]))
+    seconds = np.zeros((turns + 1, len(names)))
+    order = list(range(len(names)))
+    for turn in range(turns + 1):
+        order.reverse()
+        for i in order:
+            start = time.perf_counter()
+            out = models[i](tokens, targets)
+            loss = out.loss + 0.01 * out.balance_loss + 0.001 * out.z_loss
+            loss.backward()
+            optimizers[i].step()
+            optimizers[i].zero_grad()
+            seconds[turn, i] = time.perf_counter() - start
+    return seconds[1:]  # the first turn sets up
+
+
+def append_line(path: str, line: dict):
+    """Add a line to a file, whoever else does so."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    data = json.dumps(line).encode() + b"\n"
+    with open(path, "ab", buffering=0) as file:  # unbuffered: a single write, in one piece
+        file.write(data)
+
+
+# ---- the results file
+
+
+def read_runs(path: str) -> list[dict]:
+    """The lines of a results file, none if there is no such file.
+
+    ValueError for a line that is no result of ours, or a run that is there twice.
+    """
+    if not Path(path).exists():
+        return []
+    lines = []
+    seen = set()
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        place = f"{path}: line {number} is"
+        try:
+            line = json.loads(text)
+            lacks = {*IDENTITY, *SCORES} - line.keys() or {line["preset"]} - PRESETS.keys()
+        except (ValueError, AttributeError):
+            lacks = {"an object of JSON"}
+        problem = f"missing or unknown: {', '.join(sorted(lacks))}"
+        require(not lacks, f"{place} no run of lab.composing.compare ({problem}); take it out")
+        identity = tuple(line[name] for name in IDENTITY)
+        twice = "a run that another line has; take one of them out"
+        require(identity not in seen, f"{place} {twice}")
+        seen.add(identity)
+        lines.append(line)
+    return lines
+
+
+def require_comparable(lines: list[dict], path: str):
+    """ValueError for runs that cannot be compared, with how they differ."""
+    # All values of what should not differ.
+    values = defaultdict(set)
+    for line in lines:
+        for name in SAME:
+            values[name].add(str(line[name])[:12])
+        for name, value in line["settings"]["model"].items():
+            if name in SIZES:
+                values[name].add(str(value))
+        for name, value in line["settings"]["train"].items():
+            if name not in FREE:
+                values[name].add(str(value))
+
+    mixed = [f"{name} {', '.join(sorted(v))}" for name, v in values.items() if len(v) > 1]
+    problem = f"{path} would mix runs that cannot be compared: {'; '.join(mixed)}"
+    require(not mixed, f"{problem}; name another --results file")
+
+
+def table(plan: Plan) -> int:
+    """Print what the results file says of the runs of so many steps; draw figures beside it."""
+    lines = read_runs(plan.results)
+    require_comparable(lines, plan.results)
+    known = sorted({line["steps"] for line in lines}) or "none"
+    require(
+        any(line["steps"] == plan.steps for line in lines),
+        f"{plan.results}: no run has {plan.steps} steps; there are runs of {known}",
+    )
+    path = Path(plan.results)
+    print(comparison_report(lines, plan.steps, DECLARED.get(path.stem, "")))
+    draw_figures(lines, plan.steps, path.parent)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.program(main)

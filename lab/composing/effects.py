@@ -1,0 +1,145 @@
+"""Effects: how much one preset's perplexity differs from another's, in pairs of the same seed.
+
+Runs that differ in their seed alone are a *kind*, such as "cartesian lr 0.003". Here `kinds` are
+{name of a kind: {seed: run}}, where a run is a line of the results file (see compare.py).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from lab.composing.presets import PRESETS
+from lab.tools import statistics
+
+BASE = "fine_grained"
+MARGIN = 0.5  # percent of perplexity: an interval inside of +-0.5 is "no difference"
+
+
+def group_runs(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
+    """The runs of so many steps as kinds, in the order of PRESETS."""
+    presets = list(PRESETS)
+
+    def order(line):
+        return presets.index(line["preset"]), line["lr"], line["norm_topk"], line["dropout"]
+
+    kinds = {}
+    for line in sorted(lines, key=order):
+        if line["steps"] == steps:
+            name = f"{line['preset']} lr {line['lr']:g}"
+            if line["norm_topk"]:
+                name += " norm"
+            if line["dropout"]:
+                name += f" dropout {line['dropout']:g}"
+            kinds.setdefault(name, {})[line["seed"]] = line
+    return kinds
+
+
+def first_run(runs: dict[int, dict]) -> dict:
+    """A run of a kind, for what its runs have in common."""
+    return next(iter(runs.values()))
+
+
+def main_kind(kinds: dict, preset: str, dropout: float = 0.0) -> tuple[str, dict]:
+    """The kind of a preset that has most seeds, then the best dev loss -> (name, runs).
+
+    ("none", {}) where there is none.
+    """
+
+    def merit(kind):
+        _, runs = kind
+        dev = np.mean([run["dev"]["loss"] for run in runs.values()])
+        return len(runs), -dev
+
+    suitable = []
+    for name, runs in kinds.items():
+        run = first_run(runs)
+        if run["preset"] == preset and run["dropout"] == dropout:
+            suitable.append((name, runs))
+    return max(suitable, key=merit, default=("none", {}))
+
+
+# ---- effects
+
+
+class Effect(NamedTuple):
+    """How much higher one perplexity is than another, in percent, from n pairs of the same seed."""
+
+    middle: float
+    low: float  # the ends of its 95 % interval
+    high: float
+    p: float  # of the paired t-test, two-sided
+    n: int
+
+
+def paired_effect(ours: dict[int, float], theirs: dict[int, float]) -> Effect | None:
+    """The effect of one kind against another, from a loss for each seed; None without pairs."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    a = [ours[seed] for seed in seeds]
+    b = [theirs[seed] for seed in seeds]
+    gaps = np.subtract(a, b)
+    if len(seeds) == 1:
+        return Effect(percent(gaps[0]), -math.inf, math.inf, 1.0, 1)
+    mean, half = statistics.interval(gaps)
+    low, high = percent(mean - half), percent(mean + half)
+    return Effect(percent(mean), low, high, statistics.paired(a, b), len(seeds))
+
+
+def percent(nats: float) -> float:
+    """A difference of losses as one of perplexities, in percent."""
+    return 100 * math.expm1(nats)
+
+
+def describe_effect(effect: Effect | None) -> str:
+    """An effect, its interval, and what that allows to say; empty where there is no pair."""
+    if effect is None:
+        return ""
+    if effect.n < 2:
+        return f"{effect.middle:+.2f} %, one pair"
+    inside = effect.low > -MARGIN and effect.high < MARGIN
+    if effect.low > 0:
+        verdict = "higher"
+    elif effect.high < 0:
+        verdict = "lower"
+    elif inside:
+        verdict = "no difference"
+    else:
+        verdict = "cannot be told here"
+    if inside and verdict != "no difference":
+        verdict += ", inside the margin"
+    return f"{effect.middle:+.2f} % ({effect.low:+.2f} to {effect.high:+.2f}): {verdict}"
+
+
+def losses(runs: dict[int, dict], split: str = "test") -> dict[int, float]:
+    """The loss of each seed of a kind."""
+    return {seed: run[split]["loss"] for seed, run in runs.items()}
+
+
+def effects_against_base(kinds: dict) -> dict[str, Effect | None]:
+    """The effect of each kind against BASE with the same dropout."""
+    effects = {}
+    for name, runs in kinds.items():
+        base_name, base = main_kind(kinds, BASE, first_run(runs)["dropout"])
+        effects[name] = None
+        if name != base_name:
+            effects[name] = paired_effect(losses(runs), losses(base))
+    return effects
+
+
+def effects_by_steps(lines: list[dict]) -> dict[str, Effect | None]:
+    """Cartesian against BASE after each number of steps, and on dev on the way there."""
+    effects = {}
+    for steps in sorted({line["steps"] for line in lines}):
+        kinds = group_runs(lines, steps)
+        name, ours = main_kind(kinds, "cartesian")
+        base_name, theirs = main_kind(kinds, BASE)
+        curve = first_run(ours).get("curve", []) if ours and theirs else []
+        for place in range(1, len(curve) - 1):
+            a = {seed: run["curve"][place][1] for seed, run in ours.items()}
+            b = {seed: run["curve"][place][1] for seed, run in theirs.items()}
+            effects[f"step {curve[place][0]} of {steps} (dev)"] = paired_effect(a, b)
+        effect = paired_effect(losses(ours), losses(theirs))
+        effects[f"{steps} steps, {name} against {base_name}"] = effect
+    return effects

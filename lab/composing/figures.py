@@ -1,0 +1,134 @@
+"""Figures of the comparison: effects, robustness, and what composed experts share."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from lab.composing.sharing import use_ratios
+from lab.tools.figures import BLUE, COLOURS, GREY, INK, ORANGE, figure, keep, panels
+
+# How the figure of robustness marks a protocol, and names it. "layer" and "noise" are several.
+MARKS = {
+    "top-1": ("*", "top-1 everywhere (the paper)"),
+    "rescaled": ("P", "top-1, the others rescaled"),
+    "A": ("<", "A only"),
+    "B": (">", "B only"),
+    "a quarter": ("s", "a quarter of a token's experts"),
+    "a half": ("D", "a half"),
+    "layer": (".", "one layer"),
+    "not": ("v", "all but the first layer"),
+    "noise": ("x", "noise on the logits"),
+}
+
+
+def effects_figure(
+    effects: dict,
+    margin: float,
+    title: str,
+    path: Path | None = None,
+):
+    """Effects with their intervals: name -> Effect. Grey: within the margin, no difference."""
+    fig, ax = figure(6.5, 1.2 + 0.28 * len(effects))
+    ax.axvspan(-margin, margin, color=GREY, alpha=0.25, linewidth=0)
+    ax.axvline(0, color=INK, linewidth=0.8)
+    style = {"marker": "o", "markersize": 4, "capsize": 2}
+    for row, (middle, low, high, *_) in enumerate(effects.values()):
+        colour = INK
+        if high < 0:
+            colour = BLUE
+        if low > 0:
+            colour = ORANGE
+        ends = [[middle - low], [high - middle]]
+        ax.errorbar(middle, row, xerr=ends, color=colour, **style)
+    ax.set(yticks=range(len(effects)), xlabel="perplexity, percent more or less (95 %)")
+    ax.set_title(f"{title} (grey: no difference, {margin:g} %)", fontsize=10, color=INK)
+    ax.set_yticklabels(effects)
+    ax.invert_yaxis()
+    return keep(fig, path)
+
+
+def robustness_figure(
+    models: dict[str, dict],
+    path: Path | None = None,
+    leading: tuple[str, ...] = (),
+):
+    """Perplexity against the share of the routing mass that is lost.
+
+    models: name -> the rows of `robustness`. The leading models, if any, stand out.
+    """
+    fig, ax = figure(9, 5.5)
+    for index, (name, rows) in enumerate(models.items()):
+        points = {key: (row["mass"], math.exp(row["loss"])) for key, row in rows.items()}
+        style = {"color": COLOURS[index % len(COLOURS)]}
+        style["alpha"] = 0.6 if leading and name not in leading else 1.0
+
+        # The line from intact over q to top-1.
+        ends = ("intact", "top-1")
+        line = [point for key, point in points.items() if key in ends or key.startswith("q")]
+        masses, perplexities = zip(*sorted(line), strict=True)
+        dash = "-" if index < len(COLOURS) else "--"
+        width = 2 if name in leading else 1
+        ax.plot(masses, perplexities, linestyle=dash, linewidth=width, label=name, **style)
+
+        # The points of all protocols.
+        for protocol, (mass, perplexity) in points.items():
+            key = protocol if protocol in MARKS else protocol.split()[0]
+            if key in MARKS:
+                mark, _ = MARKS[key]
+                size = {"*": 12, ".": 5}.get(mark, 4)
+                fill = "none" if mark in "*D" else "full"  # so that what coincides is seen
+                ax.plot(mass, perplexity, mark, markersize=size, fillstyle=fill, **style)
+    for mark, label in MARKS.values():
+        ax.plot([], [], mark, color=INK, markersize=5, label=label)
+
+    ax.set(yscale="log", ylabel="perplexity", xlim=(-0.01, None))
+    ax.set_xlabel("share of the routing mass that is lost")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.tick_params(which="minor", labelsize=6)
+    title = "Lines: each token's first choice is disabled with probability 0 to 1"
+    ax.set_title(title, fontsize=9, color=INK)
+    place = {"loc": "outside right center", "fontsize": 7, "frameon": False}
+    fig.legend(*ax.get_legend_handles_labels(), **place)
+    return keep(fig, path)
+
+
+def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
+    """What composed experts share; rows of `sharing`, a panel for each layer.
+
+    From top to bottom: which are visited, how that differs from the product of the margins, and
+    how alike they are.
+    """
+    fig, axes = panels(len(rows), max(2.0, 6 / len(rows)), [2.0, 2.0, 1.9], beside=4)
+    top = 100 * max(np.max(row["use"]) for row in rows)
+    for (first, second, third), row in zip(axes, rows, strict=True):
+        use = np.array(row["use"])  # (E, E)
+        places = range(0, len(use), 1 + len(use) // 8)
+        grid = {"xticks": places, "yticks": places}
+        grid |= {"xlabel": "expert of B", "ylabel": "expert of A"}
+        shade = first.imshow(100 * use, cmap="magma_r", vmin=0, vmax=top)
+        first.set(title=f"layer {row['layer']}", **grid)
+
+        with np.errstate(divide="ignore"):
+            ratio = np.log2(use_ratios(use)).clip(-3, 3)
+        image = second.imshow(ratio, cmap="PuOr_r", vmin=-3, vmax=3)
+        second.set(**grid)
+        more = row["information"] - row["shuffled"]
+        label = f"information {more:.2f} of {row['most']:.2f} nats"
+        second.set_title(label, fontsize=8, color=INK)
+
+        for place, (name, (among_visited, among_all)) in enumerate(row["alike"].items()):
+            colour = GREY if name == "share neither" else BLUE
+            third.bar(place, among_visited or 0, color=colour, width=0.7)
+            third.plot(place, among_all, "o", color=ORANGE, markersize=4)
+        low = min(0, third.get_ylim()[0])
+        third.set(xticks=range(len(row["alike"])), ylim=(low, 1.05), ylabel="mean cosine")
+        names = [name.replace(", ", ",\n").replace("share ", "share\n") for name in row["alike"]]
+        third.set_xticklabels(names, fontsize=6)
+    fig.colorbar(shade, ax=list(axes[:4, 0]), label="visits (%)", pad=0.01)
+    label = "log2 of use /\nproduct of margins"
+    fig.colorbar(image, ax=list(axes[:4, 1]), label=label, pad=0.01)
+    note = "bars: outputs of composed experts that the token visits; dots: of all"
+    fig.suptitle(f"{title}\n{note}", color=INK, fontsize=10)
+    return keep(fig, path)

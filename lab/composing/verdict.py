@@ -1,0 +1,228 @@
+"""What the runs of compare.py say: effects in pairs, the declared test, robustness, sharing."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from lab.composing.effects import (
+    BASE,
+    MARGIN,
+    Effect,
+    describe_effect,
+    effects_against_base,
+    effects_by_steps,
+    first_run,
+    group_runs,
+    losses,
+    main_kind,
+    paired_effect,
+)
+from lab.composing.figures import effects_figure, robustness_figure, sharing_figure
+from lab.composing.presets import PRESETS
+from lab.composing.robustness import loss_at_mass
+from lab.composing.sharing import sharing_table
+from lab.tools import cli
+
+DECLARED = {  # file in results/ -> what was declared before its runs
+    "compare": (
+        f"Declared before any run: cartesian has a lower test perplexity than {BASE}, each with "
+        "its best settings on dev; 13 pairs\nof 2500 steps, paired t-test, two-sided; "
+        f'"no difference" only where the 95 % interval is inside +-{MARGIN} %.'
+    ),
+    "second": (
+        "Declared before any of these runs: the same claim, at settings chosen on dev at 2500 "
+        "steps; 7 pairs (seeds 1 to 7),\npaired t-test, two-sided; as the second test of one "
+        "claim it asks for p < 0.005."
+    ),
+}
+HEADER = ["runs", "parameters", "activated", "step", "dev", "test", "bits/byte", "gap", "cloze"]
+LEGEND = (
+    f"step: a training step's time / {BASE}'s; gap: nats, test - training text; (95 % interval of "
+    "the pairs); effects in pairs\nof the same seed and dropout. Robustness: on the first 128 "
+    "windows of the test split"
+)
+NOT_DECLARED = "Nothing was declared of these runs, and so there is no test:"
+CONTRASTS = "Not declared, and so no tests: what a change to a preset does"
+
+
+# ---- the report
+
+
+def comparison_report(lines: list[dict], steps: int, declared: str = "") -> str:
+    """The report on the runs of so many steps; declared: what was declared of them before."""
+    kinds = group_runs(lines, steps)
+    blocks = [overview_table(kinds, steps), LEGEND, "", declared or NOT_DECLARED]
+    blocks += trend_lines(lines)
+    contrasts = contrast_lines(kinds)
+    if contrasts:
+        blocks += [CONTRASTS, *contrasts]
+    blocks += ["", rivals_table(kinds), "", robustness_overview(kinds)]
+    for name, runs in kinds.items():
+        shared = [run["sharing"] for run in runs.values() if "sharing" in run]
+        if shared:
+            blocks += [f"\n{name}: mean of {len(shared)} runs", sharing_table(shared)]
+    return "\n".join(blocks)
+
+
+def overview_table(kinds: dict, steps: int) -> str:
+    """A line for each kind: parameters, time of a step, perplexities, effect against BASE."""
+    rows = []
+    for name, effect in effects_against_base(kinds).items():
+        rows.append([name, *overview_cells(kinds[name]), describe_effect(effect)])
+    base_name, _ = main_kind(kinds, BASE)
+    header = [f"{steps} steps", *HEADER, f"perplexity against {base_name}"]
+    return cli.table(rows, header=header)
+
+
+def overview_cells(runs: dict[int, dict]) -> list:
+    """The cells of a kind, below HEADER. Perplexities are geometric means."""
+    keys = ("total", "activated", "step", "train", "dev", "test")
+    mean = tree_mean([{key: run[key] for key in keys} for run in runs.values()])
+    train, dev, test = (mean[split]["loss"] for split in ("train", "dev", "test"))
+    cloze = mean["test"].get("cloze")
+    return [
+        len(runs),
+        f"{mean['total']:,.0f}",
+        f"{mean['activated']:,.0f}",
+        f"{mean['step']:.2f}",
+        f"{math.exp(dev):.3f}",
+        f"{math.exp(test):.3f}",
+        f"{mean['test']['bits_per_byte']:.4f}",
+        f"{test - train:.3f}",
+        "-" if cloze is None else f"{cloze:.1%}",
+    ]
+
+
+def tree_mean(trees: list):
+    """The mean of nested dicts of one form, number by number."""
+    if isinstance(trees[0], dict):
+        return {key: tree_mean([tree[key] for tree in trees]) for key in trees[0]}
+    return float(np.mean(trees))
+
+
+def trend_lines(lines: list[dict]) -> list[str]:
+    """A line for each effect of `effects_by_steps`; only that of a declared test is a test."""
+    texts = []
+    for name, effect in effects_by_steps(lines).items():
+        text = f"  {name}: {describe_effect(effect) or 'no pairs'}"
+        if effect and effect.n > 1:
+            text += f" (p = {effect.p:.2g}, {effect.n} pairs)"
+        texts.append(text)
+    return texts
+
+
+def contrast_lines(kinds: dict) -> list[str]:
+    """A line for each change: X_something against X, and dropout against none."""
+    texts = []
+    for name, runs in kinds.items():
+        run = first_run(runs)
+        parent = run["preset"]
+        if not run["dropout"]:
+            parents = [preset for preset in PRESETS if parent.startswith(f"{preset}_")]
+            parent = parents[0] if parents else parent
+        base_name, base = main_kind(kinds, parent)
+        if base_name not in (name, "none"):
+            effect = paired_effect(losses(runs), losses(base))
+            text = describe_effect(effect) or "no pairs"
+            texts.append(f"  {name} against {base_name}: {text}")
+    return texts
+
+
+# ---- robustness
+
+
+def mean_robustness(kinds: dict) -> dict[str, dict]:
+    """The rows of `robustness`, means over the runs of each kind that has some."""
+    means = {}
+    for name, runs in kinds.items():
+        if "robustness" in first_run(runs):
+            means[name] = tree_mean([run["robustness"] for run in runs.values()])
+    return means
+
+
+def rivals_table(kinds: dict) -> str:
+    """Cartesian against BASE: a row for each protocol, and for some equal losses of mass."""
+    name, our_runs = main_kind(kinds, "cartesian")
+    base_name, their_runs = main_kind(kinds, BASE)
+    ours = robustness_rows(our_runs)
+    theirs = robustness_rows(their_runs)
+    table = []
+    for protocol in first_run(ours) if ours else ():
+        cells = [protocol, protocol_cell(theirs, protocol), protocol_cell(ours, protocol)]
+        effect = None
+        if all(cells):  # BASE has no A and B
+            a = {seed: rows[protocol]["loss"] for seed, rows in ours.items()}
+            b = {seed: rows[protocol]["loss"] for seed, rows in theirs.items()}
+            effect = paired_effect(a, b)
+        table.append([*cells, describe_effect(effect)])
+    header = ["disabled: perplexity (mass lost)", base_name, name, "effect"]
+    return cli.table(table, header=header)
+
+
+def robustness_rows(runs: dict[int, dict]) -> dict[int, dict]:
+    """The rows of `robustness` for each seed, and where so much of the routing mass is lost."""
+    rows_of = {}
+    for seed, run in runs.items():
+        if "robustness" in run:
+            rows = dict(run["robustness"])
+            for mass in (0.1, 0.2, 0.4):
+                loss = loss_at_mass(run["robustness"], mass)
+                rows[f"{mass:.0%} of the mass"] = {"loss": loss, "mass": mass}
+            rows_of[seed] = rows
+    return rows_of
+
+
+def protocol_cell(rows_of: dict[int, dict], protocol: str) -> str:
+    """Perplexity, and the routing mass that is lost, as means over seeds."""
+    if not rows_of or protocol not in first_run(rows_of):
+        return ""
+    mean = tree_mean([rows[protocol] for rows in rows_of.values()])
+    return f"{math.exp(mean['loss']):.2f} ({mean['mass']:.0%})"
+
+
+def robustness_overview(kinds: dict) -> str:
+    """A row for each kind, a column for each of the main protocols."""
+    means = mean_robustness(kinds)
+    longest = max(means.values(), key=len, default={})
+    columns = [name for name in longest if not name.startswith(("q", "noise", "layer"))]
+    table = []
+    for name, rows in means.items():
+        cells = ["" for _ in columns]
+        for place, protocol in enumerate(columns):
+            if protocol in rows:
+                cells[place] = f"{math.exp(rows[protocol]['loss']):.2f}"
+        table.append([name, *cells])
+    return cli.table(table, header=["perplexity, disabled:", *columns])
+
+
+# ---- figures
+
+
+def draw_figures(lines: list[dict], steps: int, folder: Path):
+    """Draw effects, robustness, and what composed experts of one run share, into a folder."""
+    kinds = group_runs(lines, steps)
+    draw_effects(effects_against_base(kinds), f"Against {BASE}", folder / "effects.png")
+
+    name, ours = main_kind(kinds, "cartesian")
+    base_name, _ = main_kind(kinds, BASE)
+    means = mean_robustness(kinds)
+    robustness_figure(means, folder / "robustness.png", leading=(name, base_name))
+
+    shared = [run["sharing"] for run in ours.values() if "sharing" in run]
+    if shared:
+        title = f"Composed experts: {name}, one run"
+        sharing_figure(shared[0], title, folder / "sharing.png")
+
+
+def draw_trend(lines: list[dict], path: Path):
+    """Draw the effects of cartesian against BASE over the training steps."""
+    effects = effects_by_steps(lines)
+    short = {name.partition(",")[0]: effect for name, effect in effects.items()}
+    draw_effects(short, f"Cartesian against {BASE}", path)
+
+
+def draw_effects(effects: dict[str, Effect | None], title: str, path: Path):
+    """Draw the effects of three pairs or more: the interval of two would dwarf all others."""
+    shown = {name: effect for name, effect in effects.items() if effect and effect.n > 2}
+    effects_figure(shown, MARGIN, title, path)

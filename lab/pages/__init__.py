@@ -1,0 +1,1 @@
+"""What fills the README, docs/ and the notebooks from results/."""

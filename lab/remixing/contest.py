@@ -1,0 +1,252 @@
+"""All methods on one run or several: who answers what, and how sure that is.
+
+python -m lab.remixing.contest A.json B.json    does re-mixing gain more on one kind of model than
+                                                on another? Two files of eval.py remix, of runs on
+                                                the same seeds; see docs/cartesian.md
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lab.remixing.arena import Arena, Outcome, arena_of, judged, own_answers
+from lab.remixing.controls import wrong_labels
+from lab.remixing.cost import counted
+from lab.remixing.methods import METHODS, answered
+from lab.remixing.rivals import larger_model
+from lab.remixing.tables import SHOWN, gain_table, main_table
+from lab.scores.evaluation import places
+from lab.tools import cli, statistics
+from moe import require
+from pathways import best_token, near_copies
+
+TESTS = ("base", "random neighbours", "kernel regression")  # NGD against each: named beforehand
+
+
+def compete(arena: Arena, names, given: dict | None = None) -> dict[str, Outcome]:
+    """The model as it is, and then every method. given: settings for NGD and its controls."""
+    outcomes = {"base": judged(arena, own_answers)}
+    for name in tqdm(names, leave=False, disable=None, desc="methods"):
+        target = METHODS[name].target
+        target = None if target is None else target(arena)
+        method = partial(answered, name, given=given)
+        outcomes[name] = judged(arena, method, target)
+    return outcomes
+
+
+def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None) -> dict:
+    """Every method over all runs, in fractions -> name -> row.
+
+    clusters: for each run (n,), see `Arena.clusters`. kept: for each run (n,) bool, the prompts
+    that count; None: all. Fixed: of the wrong; broken: of the right; each: each run's accuracy."""
+    if kept is None:
+        kept = [np.ones(len(cluster), bool) for cluster in clusters]
+    clusters = [cluster[mask] for cluster, mask in zip(clusters, kept, strict=True)]
+    before = [run["base"].right[mask] for run, mask in zip(runs, kept, strict=True)]
+
+    rows = {}
+    for name in runs[0]:
+        right, changed, ms = [], [], []
+        for run, mask in zip(runs, kept, strict=True):
+            outcome = run[name]
+            right.append(outcome.right[mask])
+            changed.append(outcome.changed[mask].mean())
+            ms.append(1000 * outcome.seconds / len(outcome.right))
+
+        gains = [after.astype(float) - base for after, base in zip(right, before, strict=True)]
+        low, high = statistics.bootstrap(gains, clusters)
+        accuracies = [float(answers.mean()) for answers in right]
+        after, base = np.concatenate(right), np.concatenate(before)
+        rows[name] = {
+            "accuracy": float(np.mean(accuracies)),
+            "gain": float(np.mean([gain.mean() for gain in gains])),
+            "low": float(low),
+            "high": float(high),
+            "fixed": float((after & ~base).sum() / max((~base).sum(), 1)),
+            "broken": float((~after & base).sum() / max(base.sum(), 1)),
+            "changed": float(np.mean(changed)),
+            "ms": float(np.mean(ms)),
+            "each": accuracies,
+        }
+    return rows
+
+
+def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str) -> dict:
+    """All methods on all runs -> all that the report says and the figures show.
+
+    folders: of the runs. beside: of runs of a larger model, one for each arena, or none."""
+    runs = []
+    for i, arena in enumerate(tqdm(arenas, desc="runs", leave=False, disable=None)):
+        outcomes = compete(arena, names, given)
+        if beside:
+            outcomes["larger, dense"] = larger_model(arena, beside[i])
+        runs.append(outcomes)
+
+    # Every method on all prompts, and on subsets of them.
+    clusters = [arena.clusters for arena in arenas]
+    rows = pooled(runs, clusters)
+    divided = [subsets(arena) for arena in arenas]
+    gains, sizes = {}, {}
+    for subset in divided[0]:
+        kept = [masks[subset] for masks in divided]
+        gains[subset] = pooled(runs, clusters, kept)
+        sizes[subset] = float(np.mean([mask.mean() for mask in kept]))
+
+    n = len(arenas[0].labels)
+    result = {
+        "title": title,
+        "runs": [folder.name for folder in folders],
+        "seeds": [arena.seed for arena in arenas],
+        "prompts": n,
+        "rows": rows,
+        "costs": costs(arenas[0].first(64), names, given, n),
+        "subsets": gains,
+        "sizes": sizes,
+        "duplicates": sum(dropped_copies(arena) for arena in arenas),
+        "alone": sum(int((arena.neighbours.weight.sum(1) == 0).sum()) for arena in arenas),
+    }
+    if arenas[0].about is not None:
+        result["errors"] = {}
+        for name in ("base", *SHOWN):
+            if name in rows:
+                outcomes = [run[name] for run in runs]
+                result["errors"][name] = mistakes(outcomes, arenas)
+    if len(runs) > 2 and "NGD" in rows:
+        ngd = rows["NGD"]["each"]
+        tests = [name for name in TESTS if name in rows]
+        result["p"] = {name: statistics.paired(ngd, rows[name]["each"]) for name in tests}
+    result["reach"] = reach(arenas[0], given)
+    result["example"] = example(arenas[0], given)
+    return result
+
+
+def subsets(arena: Arena) -> dict[str, np.ndarray]:
+    """Subsets of the prompts on which methods may do otherwise, (n,) bool each."""
+    about, near = arena.about, arena.neighbours
+    masks = {}
+    if about is not None:
+        masks["clear cues"] = about.clear
+        masks["ambiguous cues"] = ~about.clear
+        masks["the two readings differ"] = about.other != about.labels
+    same = arena.references.labels[near.index] == arena.labels[:, None]  # (n, k)
+    has_label = (same & (near.weight > 0)).any(1)
+    masks["no neighbour has the label"] = ~has_label
+    return {name: mask.numpy() for name, mask in masks.items()}
+
+
+def costs(arena: Arena, names, given: dict, n: int) -> dict[str, float]:
+    """The floating-point operations of each method, everything included, as a multiple of base's.
+
+    Where a method trains weights, that is shared by n prompts."""
+    base = counted(partial(own_answers, arena))
+    multiples = {"base": 1.0}
+    for name in tqdm(names, leave=False, disable=None, desc="operations"):
+        multiple = counted(partial(answered, name, arena.cold(), given)) / base
+        if METHODS[name].trains_weights:
+            multiple = 1 + (multiple - 1) * len(arena.labels) / n
+        multiples[name] = multiple
+    return multiples
+
+
+def dropped_copies(arena: Arena) -> int:
+    """Pairs (prompt, reference) that were too alike for the reference to be a neighbour."""
+    references = arena.references
+    copies = near_copies(references, arena.tokens, arena.lengths) & references.correct
+    if arena.allowed is not None:
+        copies = copies & arena.allowed
+    return int(copies.sum())
+
+
+def mistakes(outcomes: list[Outcome], arenas: list[Arena]) -> list[float]:
+    """Where the two readings of a prompt differ: shares of the right answer, the other reading's,
+    and neither, in the mean of the runs."""
+    shares = []
+    for outcome, arena in zip(outcomes, arenas, strict=True):
+        other = arena.about.other.numpy()
+        differ = other != arena.labels.numpy()
+        right = outcome.right[differ].mean()
+        misread = (outcome.answer == other)[differ].mean()
+        shares.append((right, misread, 1 - right - misread))
+    return np.mean(shares, 0).tolist()
+
+
+def reach(arena: Arena, given: dict) -> dict[str, list]:
+    """How many prompts so many steps lead to their target: the right label (the oracle), or a
+    wrong one (its null)."""
+    shares = {"steps": [0, 1, 2, 3, 5, 10], "oracle": [], "oracle's null": []}
+    wrong = wrong_labels(arena)
+    for steps in shares["steps"]:
+        for name, target in (("oracle", arena.labels), ("oracle's null", wrong)):
+            result = answered(name, arena, given, steps=steps)
+            reached = best_token(result.logits, arena.options) == target
+            shares[name].append(float(reached.float().mean()))
+    return shares
+
+
+def example(arena: Arena, given: dict) -> dict:
+    """The prompt that NGD helps most: its last tokens, the right answer's probability before and
+    after, and pathways."""
+    result = answered("NGD", arena, given)
+    label = arena.labels[:, None]  # (n, 1)
+    before = result.logits_before.softmax(-1).gather(1, label)[:, 0]  # (n,)
+    after = result.logits.softmax(-1).gather(1, label)[:, 0]
+    best = int((after - before).argmax())
+
+    pathways = {
+        "the model's own": result.pathway_before[best],
+        "after NGD": result.pathway[best],
+    }
+    near = result.neighbours
+    for i, index in enumerate(near.index[best], 1):
+        pathways[f"neighbour {i}"] = near.pathways[index]
+    panels = {}
+    for name, pathway in pathways.items():
+        panels[name] = pathway.double().numpy().round(4).tolist()
+    names = places(arena.model)
+    return {
+        "tokens": arena.tokens[best, -4:].tolist(),
+        "right": [float(before[best]), float(after[best])],
+        "rows": [names[router] for router in arena.tail.routers],
+        "panels": panels,
+    }
+
+
+def taste(folder: Path, most: int = 200, router: type | None = None) -> str:
+    """What re-mixing does to some test prompts of a run on the skills task: a small table."""
+    arena = arena_of(folder, "test", most, router=router)
+    if int(arena.references.correct.sum()) < 100:
+        return "fewer than 100 references are answered right: too few to re-mix by"
+    names = ("mode finding", "kernel regression", "NGD", "random neighbours", "oracle")
+    rows = pooled([compete(arena, names)], [arena.clusters])
+    return f"re-mixing its experts, {len(arena.labels)} test prompts:\n\n{main_table(rows, {})}"
+
+
+# ------------------------------------------------------------------------- two kinds of models
+
+
+def main(argv) -> int:
+    """Two reports of eval.py remix, side by side."""
+    if len(argv) != 2:
+        raise cli.Usage("expected two files of eval.py remix: A.json B.json")
+    first, second = (read_contest(path) for path in argv)
+    ours = (first["seeds"], first["prompts"])
+    theirs = (second["seeds"], second["prompts"])
+    problem = f"the seeds and prompts are {ours} and {theirs}: these runs make no pairs"
+    require(ours == theirs, problem)
+    print(gain_table(first, second))
+    return 0
+
+
+def read_contest(path: str) -> dict:
+    """ValueError for a file that eval.py remix has not written."""
+    result = json.loads(Path(path).read_text(encoding="utf-8"))
+    complete = {"runs", "seeds", "prompts", "rows"} <= result.keys()
+    require(complete, f"{path} was not written by eval.py remix")
+    return result
+
+
+if __name__ == "__main__":
+    cli.program(main, __doc__)

@@ -1,0 +1,166 @@
+"""What C3PO costs, by formula, by profiler and by the clock: the exact form against full forwards.
+
+python -m lab.remixing.cost    the formula for OLMoE; clock and profiler on small models (a minute)
+"""
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lab.tools import cli
+from moe import Imposed, MoEConfig, MoETransformer
+from pathways import Neighbours, ReferenceSet, Tail, critical_layers, frozen
+from remix import NeighbourLoss, RemixConfig, core_experts, ngd
+
+OLMOE = MoEConfig(50_304, 4096, 2048, 16, 16, n_experts=64, top_k=8, d_expert=1024)
+SMALL = MoEConfig(3_144, 128, 128, 16, 16, n_experts=64, top_k=8, d_expert=64)  # its shape
+TOY = MoEConfig(vocab_size=47, context=64)
+K = 3  # neighbours of a prompt in the race
+
+
+def counted(call) -> int:
+    """The floating-point operations of a call, as torch counts them, grouped products included."""
+
+    def grouped(x, weight, *args, **kwargs):
+        return 2 * x[0] * weight[-2] * weight[-1]  # shapes: x (M, I), weight (E, I, O)
+
+    mapping = {torch.ops.aten._grouped_mm: grouped}  # the operator behind F.grouped_mm
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+# ------------------------------------------------------------------------------------ formula
+
+
+def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str, float]:
+    """The cost of NGD for one prompt, in base forwards of that prompt.
+
+    T: tokens of every prompt. last: so many layers are critical. A token costs 2 operations for
+    each weight that it visits; attention to other tokens, norms and softmaxes are left out."""
+    # One token through one layer, and through the output layer.
+    queries = sizes.n_heads * sizes.head_dim
+    keys = sizes.n_kv_heads * sizes.head_dim
+    attention = 2 * sizes.d_model * (2 * queries + 2 * keys)
+    router = 2 * sizes.d_model * sizes.n_experts
+    down = 2 * sizes.top_k * sizes.d_model * sizes.d_expert  # one of an expert's three matrices
+    layer = attention + router + 3 * down
+    head = 2 * sizes.d_model * sizes.vocab_size
+
+    # The gradient costs as much again, but less in the first critical layer: nothing below it is
+    # asked for, and so only what the experts' down projections pass back.
+    backward = (last - 1) * layer + down
+
+    # A neighbour goes forward and back at every step, then forward again.
+    exact = (steps + 1) * last * layer + steps * backward
+    heads = (2 * steps + 1) * head
+    prefix = sizes.n_layers * T * layer
+    full = T * ((steps + 1) * sizes.n_layers * layer + steps * backward)
+    costs = {
+        "candidate steps": exact,
+        "  with the output layer": exact + heads,
+        "neighbours' prefixes, if none is kept": prefix,
+        "naive: full forwards": full + heads,
+    }
+    base = prefix + head
+    return {name: k * cost / base for name, cost in costs.items()}
+
+
+# --------------------------------------------------------------------------------------- race
+
+
+def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.float32, rounds=3):
+    """NGD on n prompts of T random tokens: the exact steps, the prefixes that they need, and the
+    steps as full forwards (of a few prompts, which keep a processor as busy).
+
+    Returns the least seconds of a prompt, its operations, and how far the losses are apart."""
+    torch.manual_seed(0)
+    model = MoETransformer(sizes).to(dtype).eval()
+    config = RemixConfig(k=K, layers=layers)
+    tail = Tail(model, critical_layers(model, layers))
+    m = K * n  # references: each is the neighbour of one prompt
+    tokens = torch.randint(sizes.vocab_size, (m, T))
+    lengths = torch.full((m,), T)
+    labels = torch.randint(sizes.vocab_size, (m,))
+    references = ReferenceSet.build(model, tokens, labels)
+    index, weight = torch.arange(m).view(n, K), torch.full((n, K), 1 / K, dtype=dtype)
+    usable = torch.ones(n, m, dtype=torch.bool)
+    near = Neighbours(index, weight, usable, tail.pathways(references))
+
+    with frozen(model), torch.no_grad():
+        start, _ = tail.own(tail.cut(tokens[:n], lengths[:n]))
+        exact_loss = NeighbourLoss(tail, near, references, config)
+        exact_loss(start)  # makes the prefixes
+        naive_losses = []
+
+        def naive_loss(pathway):
+            """The same loss (few,) by full forwards."""
+            rows = pathway.repeat_interleave(K, 0).unbind(1)  # (few*K, E) for each router
+            imposed = Imposed(dict(zip(tail.routers, rows, strict=True)))
+            x = model.run_blocks(model.embed(tokens[: K * few]), imposed=imposed)
+            logits = model.head(x[:, -1])  # (few*K, T, D) -> (few*K, V)
+            nats = F.cross_entropy(logits, labels[: K * few], reduction="none")
+            loss = nats.view(few, K).mean(1)
+            naive_losses.append(loss.detach())
+            return loss
+
+        calls = {
+            "exact": (n, lambda: ngd(core_experts(start), exact_loss, near, config)),
+            "prefixes": (n, lambda: tail.cut(tokens, lengths)),
+            "naive": (few, lambda: ngd(core_experts(start[:few]), naive_loss, near, config)),
+        }
+
+        # The clock: the fastest of some rounds.
+        seconds = dict.fromkeys(calls, torch.inf)
+        for _ in range(rounds):
+            for name, (count, call) in calls.items():
+                begin = time.perf_counter()
+                call()
+                passed = time.perf_counter() - begin
+                seconds[name] = min(seconds[name], passed / count)
+
+        # The profiler; and the losses of the last descents, side by side.
+        operations = {name: counted(call) / count for name, (count, call) in calls.items()}
+        n_calls = config.steps + 1
+        exact = torch.stack(exact_loss.values[-n_calls:])[:, :few]
+        naive = torch.stack(naive_losses[-n_calls:])
+        apart = float((exact - naive).abs().max())
+    return seconds, operations, apart
+
+
+def main(argv) -> int:
+    """The formula, and both races."""
+    torch.set_num_threads(1)
+    print("NGD on OLMoE, 100 tokens, last 5 of 16 layers, k = 3, 10 steps, in base forwards:\n")
+    costs = formula(OLMOE, T=100, last=5, k=3, steps=10)
+    lines = [[name, f"{value:.2f}"] for name, value in costs.items()]
+    print(cli.table(lines), end="\n\n")
+
+    races = {
+        "toy, 64 tokens, last 2 of 4 layers": (TOY, 64, "last:2", 64, 16),
+        "OLMoE's shape, 100 tokens, last 5 of 16": (SMALL, 100, "last:5", 128, 8),
+    }
+    lines = []
+    for name, sizes in races.items():
+        seconds, operations, apart = race(*sizes)
+        line = [name, f"{1000 * seconds['exact']:.1f}", f"{1000 * seconds['naive']:.0f}"]
+        for cost in (seconds, operations):
+            line.append(f"{cost['naive'] / cost['exact']:.0f}")
+            line.append(f"{cost['naive'] / (cost['exact'] + cost['prefixes']):.0f}")
+        lines.append([*line, f"{apart:.0e}"])
+    header = ["steps of NGD, one thread", "exact (ms)", "naive (ms)", "ratio", "+ prefixes"]
+    header += ["operations", "+ prefixes", "differ"]
+    print(cli.table(lines, header))
+    print(
+        "\nms for a prompt; ratio: naive / exact, by the clock and in operations; + prefixes: with"
+    )
+    print(
+        "all prefixes of neighbours made anew; differ: the largest difference between their losses"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.program(main, __doc__)

@@ -1,0 +1,199 @@
+"""Figures of re-mixing: one function each, no computation but layout.
+
+Each returns its figure, and writes it to a path where one is given.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from lab.tools.figures import BLUE, GREY, INK, ORANGE, figure, keep
+
+C3PO = ("NGD", "kernel regression", "mode finding")
+POINT = {"marker": "o", "markersize": 3}
+
+
+def contest_figures(result: dict, stem: str) -> list[Path]:
+    """The figures of a contest: accuracy by method; the oracle against its null; a pathway before
+    and after. stem: the paths begin with it."""
+    title = result["title"]
+    methods = Path(f"{stem}.png")
+    methods_figure(result["rows"], f"Accuracy by method: {title}", methods)
+
+    oracle = Path(f"{stem}-oracle.png")
+    split = title.split(",")[-1].strip()
+    reach = {name: shares for name, shares in result["reach"].items() if name != "steps"}
+    where = f"Where ten steps lead: {split}, one seed"
+    oracle_figure(result["reach"]["steps"], reach, where, oracle)
+
+    pathway = Path(f"{stem}-pathway.png")
+    example = result["example"]
+    before, after = example["right"]
+    tokens = " ".join(str(token) for token in example["tokens"])
+    text = f"The prompt that NGD helps most (tokens {tokens}): "
+    text += f"P(right answer) goes from {before:.0%} to {after:.0%}"
+    shown = list(example["panels"].items())[:3]  # of the neighbours only the nearest
+    pathways = {name: np.array(rows) for name, rows in shown}
+    pathway_figure(pathways, example["rows"], text, pathway)
+    return [methods, oracle, pathway]
+
+
+def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
+    """Accuracy by method as points, with the interval of the gain; base as a line. The null is left
+    out: its accuracy is another thing."""
+    names = [name for name in rows if name != "oracle's null"]
+    fig, ax = figure(7.5, 1.2 + 0.27 * len(names))
+    base = 100 * rows["base"]["accuracy"]
+    heights = range(len(names))[::-1]
+    for height, name in zip(heights, names, strict=True):
+        colour = BLUE
+        if name in C3PO:
+            colour = ORANGE
+        if name == "oracle":
+            colour = GREY
+        row = rows[name]
+        low = base + 100 * row["low"]
+        high = min(base + 100 * row["high"], 100)
+        accuracy = 100 * row["accuracy"]
+        ax.plot([low, high], [height, height], color=colour, linewidth=2)
+        ax.plot(accuracy, height, "o", color=colour, markersize=5)
+        ax.annotate(
+            f"{accuracy:.1f}",
+            (1.01, height),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+        )
+    ax.axvline(base, color=INK, linewidth=1, linestyle=":", label="the model as it is")
+
+    # The legend: points without a place.
+    labels = {
+        "C3PO": ORANGE,
+        "controls and rivals": BLUE,
+        "the oracle: sees the label": GREY,
+    }
+    for label, colour in labels.items():
+        ax.plot([], [], "o", color=colour, markersize=5, label=label)
+    ax.legend(
+        fontsize=8,
+        frameon=False,
+        borderpad=0,
+        handletextpad=0,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.04),
+        ncols=4,
+    )
+    ax.set(yticks=list(heights), yticklabels=names)
+    ax.set_xlabel("accuracy (%), with the 95 % interval of the gain over base")
+    fig.suptitle(title, color=INK, fontsize=10)
+    return keep(fig, path)
+
+
+def oracle_figure(
+    steps: list[int],
+    reach: dict[str, list[float]],
+    title: str,
+    path: Path | None = None,
+):
+    """How many prompts the oracle and its null lead to their target, by the number of steps."""
+    fig, ax = figure(5.5, 3.2)
+    styles = {
+        "oracle": ("towards the right label (oracle)", ORANGE),
+        "oracle's null": ("towards a random wrong label (its null)", BLUE),
+    }
+    for name, shares in reach.items():
+        label, colour = styles[name]
+        percent = [100 * share for share in shares]
+        ax.plot(steps, percent, color=colour, label=label, **POINT)
+    ax.set(xlabel="steps of gradient descent", ylabel="prompts that get there (%)")
+    ax.set(ylim=(0, 102), xticks=steps)
+    ax.set_title(title, color=INK, fontsize=10)
+    ax.legend(fontsize=8, frameon=False, loc="center right")
+    return keep(fig, path)
+
+
+def pathway_figure(
+    pathways: dict[str, np.ndarray],
+    rows: list[str],
+    title: str,
+    path: Path | None = None,
+):
+    """Pathways (R, E), routers by experts, side by side; of several tokens, one below the other.
+
+    rows: the names of the routers."""
+    R, E = next(iter(pathways.values())).shape
+    n = len(pathways)
+    fig, axes = figure(1.0 + 2.3 * n, 1.5 + 0.22 * R, ncols=n, squeeze=False)
+    largest = 100 * max(pathway.max() for pathway in pathways.values())
+    step = -(-E // 8)  # at most eight ticks
+    for ax, (name, pathway) in zip(axes[0], pathways.items(), strict=True):
+        image = ax.imshow(100 * pathway, cmap="magma_r", vmin=0, vmax=largest, aspect="auto")
+        ax.set(xlabel="expert", xticks=range(0, E, step), yticks=range(R), yticklabels=[])
+        ax.set_title(name, fontsize=9)
+    axes[0, 0].set_yticklabels(rows * (R // len(rows)))
+    fig.colorbar(image, ax=axes[0, :], label="weight (%)", pad=0.01)
+    fig.suptitle(title, color=INK, fontsize=10)
+    return keep(fig, path)
+
+
+def example_figure(
+    losses: dict[str, np.ndarray],
+    answers: dict[str, np.ndarray],
+    marks: dict[int, str],
+    title: str,
+    path: Path | None = None,
+):
+    """Losses by the steps of an optimiser, and the probabilities of all answers along two pathways.
+
+    marks: answer -> a word on it."""
+    fig, (left, right) = figure(9, 3.2, ncols=2, width_ratios=[1, 1.5])
+    for (name, values), colour in zip(losses.items(), (ORANGE, GREY), strict=True):
+        left.plot(values, color=colour, label=name, **POINT)
+    left.set(xlabel="step", ylabel="neighbours' loss (nats)", ylim=(0, None))
+    left.legend(fontsize=8, frameon=False)
+
+    styles = ((-0.2, BLUE), (0.2, ORANGE))
+    for (name, shares), (side, colour) in zip(answers.items(), styles, strict=True):
+        places = np.arange(len(shares)) + side
+        right.bar(places, 100 * shares, color=colour, width=0.4, label=name)
+    for answer, text in marks.items():
+        top = 100 * max(shares[answer] for shares in answers.values())
+        right.annotate(
+            text,
+            (answer, top),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+        )
+    right.set(xlabel="answer", ylabel="probability (%)", xticks=range(len(shares)))
+    right.margins(y=0.2)
+    right.legend(fontsize=8, frameon=False)
+    fig.suptitle(title, color=INK, fontsize=10)
+    return keep(fig, path)
+
+
+def sweeps_figure(sweeps: dict[str, dict], title: str, path: Path | None = None):
+    """The gain of NGD with one setting varied at a time, a panel each, with 95 % intervals."""
+    n_rows = -(-len(sweeps) // 3)
+    fig, axes = figure(9.5, 2.7 * n_rows, nrows=n_rows, ncols=3, sharey=True)
+    for ax in axes.flat[len(sweeps) :]:
+        ax.set_visible(False)
+    for ax, (what, rows) in zip(axes.flat, sweeps.items(), strict=False):
+        places = list(range(len(rows)))
+        for place, row in zip(places, rows.values(), strict=True):
+            interval = [100 * row["low"], 100 * row["high"]]
+            ax.plot([place, place], interval, color=BLUE, linewidth=2)
+        gains = [100 * row["gain"] for row in rows.values()]
+        ax.plot(places, gains, "o", color=BLUE, markersize=4)
+        ax.axhline(0, color=INK, linewidth=1, linestyle=":")
+        ax.set_xticks(places, list(rows), fontsize=7)
+        if max(len(value) for value in rows) > 4:  # long labels
+            ax.set_xticks(places, list(rows), fontsize=7, rotation=25, ha="right")
+        ax.set_title(what, fontsize=9, color=INK)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("gain over base (points)", fontsize=8)
+    fig.suptitle(title, color=INK)
+    return keep(fig, path)

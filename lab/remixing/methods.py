@@ -1,0 +1,145 @@
+"""Every row of the comparison: what it computes, what it is tuned to, and whose settings it shares.
+
+A method of your own is a function (arena, **settings) -> RemixResult and one entry of METHODS. It
+has settings that were tried on dev for it alone (`tries`, `tuned`), or it shares those of another
+(`like`): a control of NGD has to take the steps of NGD.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lab.remixing import controls, rivals
+from lab.remixing.arena import Arena
+from moe import require
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table, and all that is known about it."""
+
+    run: Callable  # (arena, **settings) -> RemixResult
+    like: str | None = None  # the method whose settings it shares
+    tries: list[dict] = field(default_factory=list)  # what is tried on dev
+    tuned: dict[str, dict] = field(default_factory=dict)  # task -> the best of them there
+    trains_weights: bool = False  # once for all prompts, which share the cost
+    target: Callable | None = None  # (arena) -> (n,) what counts as right, if not the labels
+
+    def __post_init__(self):
+        require(
+            (self.like is None) == (len(self.tries) > 0),
+            "a method needs settings to try, or else the name of a method whose settings it shares",
+        )
+
+
+def surrogate(name: str) -> Callable:
+    """Mode finding, kernel regression or NGD, as they are."""
+
+    def remixed(arena: Arena, **settings):
+        return arena.remix(method=name, **settings)
+
+    return remixed
+
+
+def grid(**axes) -> list[dict]:
+    """All combinations of some settings."""
+    combinations = itertools.product(*axes.values())
+    return [dict(zip(axes, values, strict=True)) for values in combinations]
+
+
+LAYERS = ["all", "last:2"]
+FIRST_STEP = [0.25, 0.5, 1.0, 2.0]
+
+# Tuned on the dev split of seeds 10 to 12 (text: of one run, from four tries), from eight tries for
+# each method: python -m lab.remixing.sweeps RUN ...
+METHODS = {
+    "mode finding": Method(
+        surrogate("mode_finding"),
+        tries=grid(alpha=[0.5, 0.8], k=[3, 16], layers=LAYERS),
+        tuned={"skills": {"alpha": 0.8, "k": 3, "layers": "last:2"}},
+    ),
+    "kernel regression": Method(
+        surrogate("kernel_regression"),
+        tries=grid(kernel=["gaussian", "matern", "polynomial", "linear"], layers=LAYERS),
+        tuned={"skills": {"kernel": "matern", "layers": "last:2"}},
+    ),
+    "NGD": Method(
+        surrogate("ngd"),
+        tries=grid(lr=FIRST_STEP, layers=LAYERS),
+        tuned={"skills": {"lr": 0.5, "layers": "all"}, "text": {"lr": 0.1}},
+    ),
+    "in-context": Method(
+        rivals.in_context,
+        tries=grid(k=[1, 2, 3, 4, 6, 8, 10, 12]),
+        tuned={"skills": {"k": 2}},
+    ),
+    "prefix tuning": Method(
+        rivals.prefix_tuning,
+        tries=grid(lr=FIRST_STEP, length=[1, 4]),
+        tuned={"skills": {"lr": 2.0, "length": 4}},
+    ),
+    "soft prompt": Method(
+        rivals.soft_prompt,
+        tries=grid(lr=FIRST_STEP, length=[1, 4]),
+        tuned={"skills": {"lr": 0.5, "length": 4}},
+    ),
+    "router tuning": Method(
+        rivals.router_tuning,
+        tries=grid(lr=[1e-3, 3e-3, 1e-2, 3e-2], steps=[100, 300]),
+        tuned={"skills": {"lr": 1e-2, "steps": 300}},
+        trains_weights=True,
+    ),
+    "router tuning, RoMA": Method(
+        rivals.router_tuning,
+        tries=grid(lr=[3e-3, 1e-2], steps=[100, 300], pull=[0.03, 0.3]),
+        tuned={"skills": {"lr": 3e-3, "steps": 100, "pull": 0.03}},
+        trains_weights=True,
+    ),
+    "full fine-tuning": Method(
+        rivals.full_fine_tuning,
+        tries=grid(lr=[1e-4, 3e-4, 1e-3, 3e-3], steps=[100, 300]),
+        tuned={"skills": {"lr": 3e-3, "steps": 300}},
+        trains_weights=True,
+    ),
+    "noisy ensemble": Method(
+        controls.noisy_ensemble,
+        tries=grid(noise=[0.1, 0.3, 1.0, 3.0], routes=[10, 21]),
+        tuned={"skills": {"noise": 0.3, "routes": 10}},
+    ),
+    "entropy": Method(
+        controls.entropy,
+        tries=grid(lr=FIRST_STEP, layers=LAYERS),
+        tuned={"skills": {"lr": 0.25, "layers": "last:2"}},
+    ),
+    "random neighbours": Method(controls.random_neighbours, like="NGD"),
+    "shuffled labels": Method(controls.shuffled_labels, like="NGD"),
+    "unfiltered": Method(controls.unfiltered, like="NGD"),
+    "kNN vote": Method(
+        controls.knn_vote,
+        tries=grid(k=[1, 3, 5, 8, 12, 16, 32, 64]),
+        tuned={"skills": {"k": 8}},
+    ),
+    "best of 21 routes": Method(
+        controls.best_route,
+        tries=grid(noise=[0.3, 1.0, 2.0, 3.0], layers=LAYERS),
+        tuned={"skills": {"noise": 0.3, "layers": "all"}},
+    ),
+    "oracle": Method(controls.oracle, like="NGD"),
+    "oracle's null": Method(controls.oracle_null, like="NGD", target=controls.wrong_labels),
+}
+
+
+def settings_of(name: str, arena: Arena, given: dict | None = None) -> dict:
+    """What a method was tuned to on the arena's task. What the user gives goes to NGD and to those
+    that share its settings."""
+    owner = METHODS[name].like or name
+    settings = METHODS[owner].tuned.get(arena.task, {})
+    if owner == "NGD":
+        settings = settings | (given or {})
+    return settings
+
+
+def answered(name: str, arena: Arena, given: dict | None = None, **changes):
+    """Run a method with its settings -> RemixResult."""
+    settings = settings_of(name, arena, given) | changes
+    return METHODS[name].run(arena, **settings)

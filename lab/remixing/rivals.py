@@ -1,0 +1,237 @@
+"""Rivals: other ways to use the same references, and a larger model that has none.
+
+Each is a function (arena, **settings) -> RemixResult, as all methods are.
+
+Letters in the shape comments, beside those of arena.py:  M pairs (prompt, neighbour)
+"""
+
+import copy
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lab.remixing.arena import Arena, Outcome, own_answers
+from lab.tools import runs
+from moe import Cache, Router, require
+from pathways import Tail, find_neighbours, frozen, padded, portions
+from pathways.checks import as_tuples
+from pathways.prompts import trimmed
+
+
+def in_context(arena: Arena, k: int = 3):
+    """The k nearest neighbours with their answers before the prompt, the nearest last."""
+    references = arena.references
+    near = arena.find(k=k)
+
+    # Every prompt behind its solved neighbours.
+    known = as_tuples(references.tokens, references.lengths)
+    prompts = []
+    for i, row in enumerate(as_tuples(arena.tokens, arena.lengths)):
+        examples = []
+        for j in near.index[i][near.weight[i] > 0].flip(0).tolist():
+            examples += [*known[j], int(references.labels[j])]
+        prompts.append([*examples, *row])
+
+    # What the model answers.
+    tokens, lengths = padded(prompts, arena.model.config.vocab_size)
+    tail = arena.tail
+    with frozen(arena.model), torch.no_grad():
+        logits = [tail(tail.cut(*portion)) for portion in portions(tokens, lengths)]
+    return own_answers(arena)._replace(logits=torch.cat(logits))
+
+
+# -------------------------------------------------- something before each prompt, by descent
+
+
+@torch.enable_grad()
+def descend(loss, start, config, normed=True, project=None):
+    """Gradient descent by the steps of NGD, on anything that a prompt may have of its own.
+
+    loss: a function of values (n, ...) -> losses (n,). normed: a step is lr * g / |g|; else lr * g.
+    project: what is done to the values after a step. Returns the best values that it met."""
+    shape = start.shape
+    values = best = start.flatten(1)  # (n, ...) -> (n, X)
+    least = start.new_full((len(start),), torch.inf)
+    for step in range(config.steps + 1):
+        values = values.detach().requires_grad_()
+        losses = loss(values.view(shape))  # (n,)
+
+        # Keep what is better than all before.
+        better = losses.detach() < least
+        best = torch.where(better[:, None], values.detach(), best)
+        least = torch.minimum(least, losses.detach())
+        if step == config.steps:
+            return best.view(shape)
+
+        # Step down the gradient of each prompt's own loss.
+        (gradient,) = torch.autograd.grad(losses.sum(), values)
+        if normed:
+            gradient = gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-20)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
+        values = values - config.lr * (0.001 + 0.999 * cosine) * gradient
+        if project is not None:
+            values = project(values.view(shape)).flatten(1)
+
+
+def soft_prompt(arena: Arena, length: int = 1, **settings):
+    """Embeddings before the prompt, fitted to each prompt's neighbours (Lester et al.,
+    arXiv 2104.08691)."""
+
+    def answer(model, soft, tokens, lengths):
+        x = torch.cat([soft, model.embed(tokens)], 1)  # (n, length + T, D)
+        valid = torch.arange(x.shape[1]) < lengths[:, None] + length
+        return last_logits(model, model.run_blocks(x, valid), valid)
+
+    return fitted(arena, neutral(arena.model, length), answer, settings)
+
+
+def prefix_tuning(arena: Arena, length: int = 1, **settings):
+    """Keys and values before the prompt, in every layer, fitted likewise (Li and Liang,
+    arXiv 2101.00190)."""
+
+    def answer(model, prefix, tokens, lengths):
+        keys, values = prefix.unbind(1)  # (n, 2, L, G, length, C) -> (n, L, G, length, C) twice
+        cache = Cache(
+            dict(enumerate(keys.unbind(1))),
+            dict(enumerate(values.unbind(1))),
+            torch.ones(len(prefix), length, dtype=torch.bool),
+        )
+        valid = torch.arange(tokens.shape[1]) < lengths[:, None]
+        x = model.run_blocks(model.embed(tokens), valid, cache, write=False)
+        return last_logits(model, x, valid)
+
+    # The start: keys and values of the soft prompt's start.
+    cache = Cache()
+    with frozen(arena.model), torch.no_grad():
+        arena.model.run_blocks(neutral(arena.model, length), cache=cache)
+    keys = torch.stack(list(cache.keys.values()), 1)  # (1, L, G, length, C)
+    values = torch.stack(list(cache.values.values()), 1)
+    return fitted(arena, torch.stack([keys, values], 1), answer, settings)
+
+
+def neutral(model, length: int):
+    """Where soft prompts start: the mean of all embeddings, (1, length, D)."""
+    return model.embedding.weight.detach().mean(0).expand(1, length, -1)
+
+
+def last_logits(model, x, valid):
+    """The logits (n, V) at each prompt's last token, of x (n, T, D)."""
+    return model.head(x[torch.arange(len(x)), valid.sum(1) - 1])
+
+
+def fitted(arena: Arena, start, answer, settings: dict):
+    """Fit something of each prompt's own on its neighbours, then let the model answer with it.
+
+    start (1, ...): where every fit begins. answer: a function of the model, fits (n, ...), tokens
+    (n, T) and lengths (n,) -> logits (n, V)."""
+    model, references, neighbours = arena.model, arena.references, arena.neighbours
+    config = replace(arena.config, **settings)
+    logits = []
+    with frozen(model), torch.no_grad():
+        for rows in torch.arange(len(arena.tokens)).split(config.batch):
+            # The neighbours of these prompts in one list of M pairs.
+            present = neighbours.weight[rows] > 0  # (b, k)
+            owner = present.nonzero()[:, 0]  # (M,) the prompt of a pair
+            index = neighbours.index[rows][present]
+            weight = neighbours.weight[rows][present]
+            solved = trimmed(references.tokens, references.lengths, index)
+            labels = references.labels[index]
+
+            def loss(fits, owner=owner, weight=weight, labels=labels, solved=solved):
+                predicted = answer(model, fits.index_select(0, owner), *solved)  # (M, V)
+                nats = F.cross_entropy(predicted, labels, reduction="none") * weight
+                return nats.new_zeros(len(fits)).index_add(0, owner, nats)  # (M,) -> (b,)
+
+            fits = descend(loss, start.expand(len(rows), *start.shape[1:]), config)
+            asked = trimmed(arena.tokens, arena.lengths, rows)
+            logits.append(answer(model, fits, *asked))
+    return own_answers(arena)._replace(logits=torch.cat(logits))
+
+
+# ---------------------------------------------------------------- other weights, for all prompts
+
+
+def router_tuning(arena: Arena, **settings):
+    """The routers' weights fitted to the references."""
+    return answers_of(arena, tuned_model(arena, only_routers=True, **settings))
+
+
+def full_fine_tuning(arena: Arena, **settings):
+    """All weights fitted to the references."""
+    return answers_of(arena, tuned_model(arena, only_routers=False, **settings))
+
+
+def answers_of(arena: Arena, model):
+    """What another model answers, beside the arena's own."""
+    before, after = own_answers(arena), own_answers(arena, model)
+    return after._replace(pathway_before=before.pathway, logits_before=before.logits)
+
+
+def tuned_model(arena: Arena, only_routers, lr=1e-3, steps=100, batch=64, pull=0.0):
+    """A copy of the model, fitted to all usable references at once by AdamW.
+
+    pull: the weight of RoMA's regulariser (arXiv 2511.07419), the squared distance between a
+    reference's pathway and those of its neighbours, as they were, weighed by the kernel."""
+    references, generator = arena.references, arena.random()
+    usable = references.correct.nonzero()[:, 0]
+    near = neighbours_of_references(arena, usable) if pull else None
+
+    # What is trained.
+    model = copy.deepcopy(arena.model).requires_grad_(not only_routers)
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.requires_grad_(True)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+
+    tail = Tail(model, token=references.token)
+    for step in range(steps):
+        # The loss of some references, drawn at random.
+        pick = torch.randint(len(usable), (batch,), generator=generator)
+        prompts = trimmed(references.tokens, references.lengths, usable[pick])
+        pathway, logits = tail.own(tail.cut(*prompts))
+        loss = F.cross_entropy(logits, references.labels[usable[pick]])
+        if pull:
+            pathways = references.pathways[near.index[pick]]  # (b, k, 1, R, E)
+            difference = pathway[:, None] - pathways.flatten(2, 3)  # (b, k, R, E)
+            distance = difference.square().sum((2, 3))  # (b, k)
+            loss = loss + pull * (near.weight[pick] * distance).sum(1).mean()
+
+        # A step, shorter every time.
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def neighbours_of_references(arena: Arena, usable):
+    """The neighbours of the usable references among all of them, none its own."""
+    references, n = arena.references, len(usable)
+    allowed = torch.ones(n, len(references.labels), dtype=torch.bool)
+    allowed[torch.arange(n), usable] = False
+    prompts = references.tokens[usable], references.lengths[usable]
+    with frozen(arena.model), torch.no_grad():
+        return find_neighbours(arena.tail, references, *prompts, arena.config, allowed)
+
+
+def larger_model(arena: Arena, folder: Path) -> Outcome:
+    """How another run's model does by itself. ValueError: a run of another seed."""
+    model, train = runs.load(folder)
+    seed = train["seed"]
+    require(
+        seed == arena.seed,
+        f"{folder} has seed {seed}, the run beside it {arena.seed}: they learnt different tasks",
+    )
+    start = time.perf_counter()
+    with torch.no_grad():
+        answer = model(arena.tokens).logits[:, -1].argmax(-1)  # (n, T, V) -> (n,)
+    seconds = time.perf_counter() - start
+    unchanged = np.zeros(len(answer), bool)
+    return Outcome(answer.numpy(), (answer == arena.labels).numpy(), unchanged, seconds)

@@ -1,0 +1,168 @@
+"""NGD with one setting varied at a time, and the settings of every method tried on dev.
+
+python -m lab.remixing.sweeps [METHOD ...] RUN [RUN ...]     tries the settings of every method, or
+                                                             of those named, on the dev split
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lab.remixing.arena import Arena, arena_of, judged, own_answers
+from lab.remixing.contest import pooled
+from lab.remixing.methods import METHODS, settings_of
+from lab.remixing.rivals import descend
+from lab.tools import cli
+from pathways import ReferenceSet, frozen, nearest, similarity
+from pathways.checks import as_tuples
+from pathways.tail import TOKENS
+
+# ------------------------------------------------------------ variations: functions of an arena
+
+
+def with_settings(arena: Arena, **changes):
+    """NGD with other settings than those it was tuned to."""
+    return arena.remix(**settings_of("NGD", arena) | changes)
+
+
+def within_ball(arena: Arena, epsilon: float):
+    """NGD with all references within a distance (0 to 2) as neighbours, instead of the k nearest.
+
+    Section 3.4 of the paper. A prompt with nobody keeps its own pathway."""
+    embedding, prompts = arena.config.embedding, (arena.tokens, arena.lengths)
+    with frozen(arena.model), torch.no_grad():
+        cosine = similarity(embedding, arena.tail, arena.references, *prompts)  # (n, m)
+    distance = (2 - 2 * cosine).sqrt()
+    usable = arena.neighbours.usable & (distance <= epsilon)
+    config = replace(arena.config, k=max(1, int(usable.sum(1).max())))
+    near = nearest(cosine, usable, arena.neighbours.pathways, config)
+    return with_settings(arena, neighbours=near)
+
+
+def at_token(arena: Arena, token: str):
+    """NGD on the pathway of another token, or of all."""
+    old = arena.references
+    prompts = as_tuples(old.tokens, old.lengths)
+    labels = old.labels, old.options
+    references = ReferenceSet.build(arena.model, prompts, *labels, token=token)
+    references.corpus = old.corpus
+    references.corpus_lengths = old.corpus_lengths
+    return with_settings(replace(arena, references=references))
+
+
+def with_references(arena: Arena, count: int):
+    """NGD with only so many of the usable references, drawn at random."""
+    usable = arena.references.correct.nonzero()[:, 0]
+    order = torch.randperm(len(usable), generator=arena.random())
+    drawn = usable[order[:count]]
+    allowed = torch.zeros_like(arena.neighbours.usable)  # (n, m)
+    allowed[:, drawn] = True
+    if arena.allowed is not None:
+        allowed = allowed & arena.allowed
+    return with_settings(replace(arena, allowed=allowed))
+
+
+def plain_ngd(core, loss, near, config):
+    """NGD by steps as long as the gradient: lr * g."""
+    start = core.start.clamp(min=1e-20).log()
+    best = descend(lambda z: loss(core.softmax(z)), start, config, normed=False)
+    return core.softmax(best)
+
+
+def raw_ngd(core, loss, near, config):
+    """NGD on raw weights, which are clipped at 0 and rescaled after a step."""
+    return descend(loss, core.start, config, project=partial(clipped, core))
+
+
+def plain_raw_ngd(core, loss, near, config):
+    """NGD as the paper has it: on raw weights, by steps lr * g."""
+    return descend(loss, core.start, config, normed=False, project=partial(clipped, core))
+
+
+def clipped(core, weights):
+    """Raw weights (n, R, E) -> a pathway."""
+    return core.rescale(weights.clamp(min=0))
+
+
+def varied(setting: str, values) -> dict:
+    """A variation for every value of a setting."""
+    return {str(value): partial(with_settings, **{setting: value}) for value in values}
+
+
+LAYERS = ("all", "last:1", "last:2", "last:3", "first:1", "first:2", "0,3")
+EMBEDDINGS = ("tfidf-places", "tfidf", "tfidf-bigrams", "hidden:1", "hidden:3", "pathway")
+COUNTS = (20, 50, 100, 250, 500, 1000, 2000, 6656)
+SWEEPS = {  # what is varied -> value -> (arena) -> RemixResult
+    "critical layers": varied("layers", LAYERS),
+    "core experts": varied("core", (2, 4, 6, 8, 12, 16)),
+    "steps": varied("steps", (0, 1, 2, 3, 5, 10, 20, 50)),
+    "neighbours": varied("k", (1, 2, 3, 5, 8, 16, 32)),
+    "epsilon ball": {  # 0.2 and 10 neighbours in the mean
+        "0.6": partial(within_ball, epsilon=0.6),
+        "0.7": partial(within_ball, epsilon=0.7),
+    },
+    "kernel": varied("kernel", ("gaussian", "matern", "polynomial", "linear")),
+    "embedding": varied("embedding", EMBEDDINGS),
+    "token": {token: partial(at_token, token=token) for token in TOKENS},
+    "first step": varied("lr", (0.1, 0.25, 0.5, 1.0, 2.0)),
+    "what is moved, by which step": {
+        "logits normed 0.5": partial(with_settings, lr=0.5),
+        "logits plain 1.0": partial(with_settings, method=plain_ngd, lr=1.0),
+        "raw normed 0.1": partial(with_settings, method=raw_ngd, lr=0.1),
+        "raw plain 0.01": partial(with_settings, method=plain_raw_ngd, lr=0.01),  # the paper's
+    },
+    "references": {str(count): partial(with_references, count=count) for count in COUNTS},
+}
+
+
+def sweeps(arenas: list[Arena]) -> dict[str, dict]:
+    """NGD with one setting varied at a time -> what is varied -> value -> accuracy, gain, ..."""
+    clusters = [arena.clusters for arena in arenas]
+    bases = [judged(arena, own_answers) for arena in arenas]
+    result = {}
+    for what, variations in tqdm(SWEEPS.items(), leave=False, disable=None, desc="sweeps"):
+        result[what] = {}
+        for value, variation in variations.items():
+            runs = []
+            for arena, base in zip(arenas, bases, strict=True):
+                runs.append({"base": base, "NGD": judged(arena, variation)})
+            row = pooled(runs, clusters)["NGD"]
+            shown = {key: row[key] for key in ("accuracy", "gain", "low", "high")}
+            result[what][value] = shown
+    return result
+
+
+# ------------------------------------------------------------------------------ tuning on dev
+
+
+def main(argv) -> int:
+    """Try the settings of every method, or of those named, on the dev split of some runs."""
+    tunable = [name for name, method in METHODS.items() if method.tries]
+    named = [name for name in tunable if name in argv]
+    folders = [Path(name) for name in argv if name not in tunable]
+    if not folders:
+        raise cli.Usage("expected the folders of some runs: [METHOD ...] RUN [RUN ...]")
+    arenas = [arena_of(folder, "dev") for folder in folders]
+
+    base = np.mean([arena.accuracy(own_answers(arena)) for arena in arenas])
+    rows = [["base", f"{base:.1%}", "", ""]]
+    for name in tqdm(named or tunable, desc="methods", leave=False, disable=None):
+        method = METHODS[name]
+        shares = []
+        for settings in method.tries:
+            results = [arena.accuracy(method.run(arena, **settings)) for arena in arenas]
+            shares.append(np.mean(results))
+        best = int(np.argmax(shares))
+        every = "  ".join(f"{100 * share:.1f}" for share in shares)
+        rows.append([name, f"{shares[best]:.1%}", str(method.tries[best]), every])
+    header = ["on dev", "best", "with", "all tries (%), in the order of METHODS"]
+    print(cli.table(rows, header, left=3))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.program(main, __doc__)

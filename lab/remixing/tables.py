@@ -1,0 +1,131 @@
+"""The tables of a comparison, from the numbers that `contest.py` and `sweeps.py` return."""
+
+import numpy as np
+
+from lab.tools import statistics
+from lab.tools.cli import table
+
+SHOWN = ("kernel regression", "NGD", "soft prompt", "oracle")  # on subsets of the prompts
+NO_GAIN = ("base", "oracle's null")  # a gain over base says nothing about these
+LEGEND = (
+    "gain: over base; fixed of the wrong, broken of the right; gap closed: gain / the oracle's; "
+    "rerouted: prompts that visit\n"
+    "other experts; ms: for a prompt; cost: in forward passes of base; "
+    "accuracy of the null: its wrong label is reached"
+)
+
+
+def with_interval(row: dict) -> list[str]:
+    """The cells of a gain and of its interval."""
+    low, high = row["low"], row["high"]
+    return [f"{row['gain']:+.1%}", f"{low:+.1%} to {high:+.1%}"]
+
+
+def main_table(rows: dict[str, dict], costs: dict[str, float]) -> str:
+    """The methods beside each other. costs: in forward passes of base; empty: no such column."""
+    header = ["", "accuracy", "gain", "95 % interval", "fixed", "broken", "gap closed"]
+    header += ["rerouted", "ms", "cost"] if costs else ["rerouted", "ms"]
+    headroom = rows["oracle"]["gain"] if "oracle" in rows else 0
+
+    lines = []
+    for name, row in rows.items():
+        closed = f"{row['gain'] / headroom:.0%}" if headroom else ""
+        cells = [*with_interval(row), f"{row['fixed']:.1%}", f"{row['broken']:.1%}"]
+        cells += [closed, f"{row['changed']:.0%}"]
+        if name in NO_GAIN:
+            cells = [""] * len(cells)
+        line = [name, f"{row['accuracy']:.1%}", *cells, f"{row['ms']:.1f}"]
+        if costs:
+            line.append(f"{costs[name]:.1f}" if name in costs else "")
+        lines.append(line)
+    return table(lines, header)
+
+
+def subset_table(subsets: dict[str, dict], sizes: dict[str, float]) -> str:
+    """Gains on subsets of the prompts: subset -> method -> row; sizes: their shares."""
+    lines = []
+    for subset, rows in subsets.items():
+        base = f"{rows['base']['accuracy']:.1%}"
+        lines.append([f"{subset} ({sizes[subset]:.0%})", "base", base, "", ""])
+        for name in SHOWN:
+            if name in rows:
+                accuracy = f"{rows[name]['accuracy']:.1%}"
+                lines.append(["", name, accuracy, *with_interval(rows[name])])
+    header = ["on a part of the prompts", "", "accuracy", "gain", "95 % interval"]
+    return table(lines, header, left=2)
+
+
+def mistakes_table(mistakes: dict[str, list[float]]) -> str:
+    """Where the two readings of a prompt differ: method -> shares of right, other and neither."""
+    lines = []
+    for name, shares in mistakes.items():
+        lines.append([name, *(f"{share:.1%}" for share in shares)])
+    header = ["where the two readings differ", "right", "the other", "neither"]
+    return table(lines, header)
+
+
+def report(result: dict) -> str:
+    """All that a contest found, as text."""
+    copies, alone = result["duplicates"], result["alone"]
+    texts = [
+        main_table(result["rows"], result["costs"]),
+        LEGEND,
+        f"neighbours: {copies:,} near-duplicates dropped, "
+        f"{alone:,} prompts with nobody (base is kept)",
+        subset_table(result["subsets"], result["sizes"]),
+    ]
+    if "errors" in result:
+        texts.append(mistakes_table(result["errors"]))
+    if "p" in result:
+        tests = [f"NGD against {name} p = {p:.2g}" for name, p in result["p"].items()]
+        n = len(result["runs"])
+        texts.append(f"paired t-tests over {n} seeds, two-sided: {'; '.join(tests)}")
+    return "\n\n".join(texts)
+
+
+def sweep_table(sweeps: dict[str, dict]) -> str:
+    """NGD with one setting varied at a time: a line for every value of a setting."""
+    lines = []
+    for setting, rows in sweeps.items():
+        title = setting
+        for value, row in rows.items():
+            accuracy = f"{row['accuracy']:.1%}"
+            lines.append([title, value, accuracy, *with_interval(row)])
+            title = ""
+    header = ["NGD with other", "", "accuracy", "gain", "95 % interval"]
+    return table(lines, header, left=2)
+
+
+# ----------------------------------------------------------------------- two kinds of models
+
+
+def gain_table(first: dict, second: dict) -> str:
+    """Two contests on the same seeds: the gain of each method on either kind of model, and their
+    difference in pairs. Of base and the null it is the share of the prompts itself."""
+    lines = []
+    for name in first["rows"]:
+        if name in second["rows"]:
+            ours, our_cell = gains(first["rows"], name)
+            theirs, their_cell = gains(second["rows"], name)
+            mean, half = statistics.interval(ours - theirs)
+            difference = f"{mean:+.1%} ({mean - half:+.1%} to {mean + half:+.1%})"
+            p = f"{statistics.paired(ours, theirs):.2g}"
+            lines.append([name, our_cell, their_cell, difference, p])
+    kinds = [result["runs"][0].rpartition("-s")[0] for result in (first, second)]
+    text = table(lines, ["gain over base", *kinds, "difference", "p"])
+    return (
+        f"{text}\n\n{len(first['seeds'])} seeds; intervals of 95 %: of a gain by bootstrap over "
+        "seeds and cues, of a difference Student's t;\nbase and the null: the share of the prompts "
+        "that they lead to their label, right or wrong"
+    )
+
+
+def gains(rows: dict[str, dict], name: str):
+    """A method's gain on each seed, and the cell that tells their mean."""
+    row = rows[name]
+    accuracy = np.array(row["each"])  # one number a seed
+    if name in NO_GAIN:
+        return accuracy, f"{accuracy.mean():.1%}"
+    gain = accuracy - np.array(rows["base"]["each"])
+    low, high = row["low"], row["high"]
+    return gain, f"{gain.mean():+.1%} ({low:+.1%} to {high:+.1%})"

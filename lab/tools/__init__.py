@@ -1,0 +1,1 @@
+"""Command lines, run folders, figures and statistics: what every experiment needs."""

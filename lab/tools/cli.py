@@ -1,0 +1,238 @@
+"""Command lines made from dataclasses, failures told in one line, and tables for people."""
+
+import argparse
+import dataclasses
+import difflib
+import signal
+import sys
+import types
+import typing
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Usage(ValueError):
+    """Wrong usage of a command line: exit code 2, where other failures exit with 1."""
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help with the description as it is written, and room for the names of the flags."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=118)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that tells an error in one line, with the nearest name for a wrong one."""
+
+    def __init__(self, program: str, **options):
+        self.flags = []  # all of them, to suggest one
+        options |= {"allow_abbrev": False, "formatter_class": Help}
+        super().__init__(program, **options)
+
+    def add_argument(self, *names, group=None, **options):
+        """As argparse does it, in a group of --help where one is given."""
+        if group is None:
+            action = super().add_argument(*names, **options)
+        else:
+            action = group.add_argument(*names, **options)
+        self.flags += action.option_strings
+        return action
+
+    def error(self, message):
+        raise Usage(f"{message} (--help lists the flags)")
+
+    def parse(self, argv) -> dict:
+        """The values of the flags. Usage names the first one that does not exist."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            kind = "flag" if name.startswith("-") else "argument"
+            self.error(f"unknown {kind} {name}{nearest(name, self.flags)}")
+        return vars(args)
+
+
+def nearest(name: str, known) -> str:
+    """The hint that ends a message about an unknown name.
+
+    >>> nearest("choise", ["choice", "cloze"])
+    '; did you mean choice?'
+    """
+    similar = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {similar[0]}?" if similar else ""
+
+
+# ----------------------------------------------------------------- flags made from dataclasses
+
+
+def add_flags(parser: Parser, *configs: type, skip=()):
+    """Add a flag for every field of the dataclasses, with its help text.
+
+    A field is annotated with its type and its help text: `steps: Annotated[int, "optimiser steps"]`.
+    A flag that is not given stays out of what `parse` returns.
+    """
+    for config in configs:
+        # The first sentence of the docstring heads the flags.
+        title = config.__doc__.split("\n")[0].split(";")[0]
+        group = parser.add_argument_group(title.rstrip("."))
+        hints = typing.get_type_hints(config, include_extras=True)
+        for field in dataclasses.fields(config):
+            if field.name not in skip:
+                kind, text = typing.get_args(hints[field.name])
+                add_flag(parser, group, field, kind, text)
+
+
+def add_flag(parser: Parser, group, field, kind, text: str):
+    """Add the flag of one field: its type is `kind`, its help `text` with the default behind it."""
+    default = "none" if field.default in (None, ()) else field.default
+    options = {
+        "group": group,
+        "default": argparse.SUPPRESS,
+        "help": f"{text} [{default}]".replace("%", "%%"),
+    }
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"], options["metavar"] = reader(kind)
+    parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def reader(kind):
+    """A type -> the function that reads it from a flag's text, and how --help writes the value."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return name_reader(inner), "|".join(inner)
+    if origin is tuple:
+        return integers, "INT,INT"
+    if origin in (types.UnionType, typing.Union):  # such as `int | None`
+        kinds = [option for option in inner if option is not types.NoneType]
+        read, metavar = reader(kinds[0])
+        return optional_reader(read), metavar
+    return kind, kind.__name__.upper()
+
+
+def name_reader(names):
+    """The function that accepts one of these names."""
+
+    def read(text):
+        if text in names:
+            return text
+        message = f"{text!r} is not one of {', '.join(names)}{nearest(text, names)}"
+        raise argparse.ArgumentTypeError(message)
+
+    return read
+
+
+def optional_reader(read):
+    """The function that reads a value, or None from the text `none`."""
+
+    def optional(text):
+        return None if text.lower() == "none" else read(text)
+
+    optional.__name__ = read.__name__  # argparse names it where the text is wrong
+    return optional
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Read integers with commas between them."""
+    return tuple(int(number) for number in text.split(",") if number)
+
+
+def fill(config: type, values: dict):
+    """Make the dataclass of those values that are its fields. Usage where they do not fit."""
+    names = {field.name for field in dataclasses.fields(config)}
+    own = {name: value for name, value in values.items() if name in names}
+    try:
+        return config(**own)
+    except (ValueError, TypeError) as error:
+        raise Usage(str(error)) from error
+
+
+# ------------------------------------------------------------------------------ programs
+
+
+def program(main, text: str | None = None):
+    """Call main(argv) as a program. Its return value is the exit code.
+
+    A user's mistake (ValueError, OSError) is told in one line; `python -X dev SCRIPT` shows the
+    traceback as well. text: what --help prints, for a main that has no flags.
+    """
+    # Windows would refuse to print the bars.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    argv = sys.argv[1:]
+    if text and ("-h" in argv or "--help" in argv):
+        print(text)
+        return
+    try:
+        sys.exit(main(argv))
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, Usage) else 1)
+    except KeyboardInterrupt:
+        print(f"\n{sys.argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class Interrupt:
+    """While it is entered, Ctrl-C or a termination signal only sets `asked`.
+
+    So a training step is never cut in two. A second Ctrl-C stops at once.
+    """
+
+    asked = False
+
+    def __enter__(self):
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+# -------------------------------------------------------------------------------- tables
+
+
+def table(rows, header=None, left: int = 1) -> str:
+    """Rows of cells as aligned text: the first `left` columns to the left, others to the right.
+
+    >>> print(table([["fox", 3], ["elephant", 12]], header=["animal", "n"]))
+    animal     n
+    --------  --
+    fox        3
+    elephant  12
+    """
+    lines = [[str(cell) for cell in row] for row in rows]
+    if header:
+        lines.insert(0, [str(cell) for cell in header])
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    if header:
+        lines.insert(1, ["-" * width for width in widths])
+
+    text = []
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        for column in range(left):
+            cells[column] = line[column].ljust(widths[column])
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+def bar_line(values) -> str:
+    """A bar for each value, as high as its share of the largest.
+
+    >>> bar_line([1, 2, 4, 8])
+    '▂▃▅█'
+    """
+    largest = max(*values, 1e-12)
+    levels = [int(value / largest * len(BARS)) for value in values]
+    return "".join(BARS[min(level, len(BARS) - 1)] for level in levels)

@@ -1,0 +1,241 @@
+"""Figures of training and routing, and what all figures of the project are made with.
+
+A figure is one function without computation but layout. It returns the figure, and writes it to a
+path where one is given.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+# Colours that colour-blind readers can tell apart.
+INK, BLUE, ORANGE, GREY = "#222222", "#0072B2", "#D55E00", "#9a9a9a"
+COLOURS = (ORANGE, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, GREY)
+
+# Scores that the loss figure shows as accuracies, where a task has them: label and colour.
+ACCURACIES = {
+    "clear": ("clear cues", BLUE),
+    "accuracy": ("all prompts", INK),
+    "ambiguous": ("ambiguous cues", ORANGE),
+}
+
+
+def figure(width: float, height: float, **grid):
+    """A figure of so many inches, and its axes, without pyplot and so without global state."""
+    fig = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    axes = fig.subplots(**grid)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=8, colors=INK)
+    return fig, axes
+
+
+def keep(fig, path: Path | None):
+    """The figure, written to a file where a path is given."""
+    if path:
+        fig.savefig(path)
+    return fig
+
+
+def panels(n: int, width: float, heights: list[float], beside: int = 2):
+    """n panels, up to `beside` of them in a row, each made of axes one above the other.
+
+    width: of a panel; heights: of its axes, in inches. Returns the figure and axes (n, heights).
+    """
+    columns = min(n, beside)
+    rows = -(-n // beside)  # rounded up
+    fig, axes = figure(
+        width * columns + 0.8,
+        rows * sum(heights),
+        nrows=rows * len(heights),
+        ncols=columns,
+        height_ratios=heights * rows,
+        squeeze=False,
+    )
+    # One row for each panel: (rows * heights, columns) -> (panels, heights).
+    axes = axes.reshape(rows, len(heights), columns)
+    axes = axes.swapaxes(1, 2).reshape(-1, len(heights))
+    for ax in axes[n:].flat:
+        ax.set_visible(False)
+    return fig, axes[:n]
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def loss_figure(log: list[dict], floor: float, name: str, path: Path | None = None):
+    """Training loss, held-out loss and accuracies over the steps.
+
+    floor: the loss of a uniform guess.
+    """
+    steps = [line["step"] for line in log]
+    dev = [line["dev"] for line in log]
+    shown = [key for key in ACCURACIES if key in dev[0]]
+    if shown:
+        fig, (left, right) = figure(8.5, 3.2, ncols=2)
+    else:
+        fig, left = figure(5.5, 3.2)
+
+    means = [line["train_loss"] for line in log[1:]]
+    left.plot(steps[1:], means, color=BLUE, label="training, mean since the last point")
+    held_out = [scores["loss"] for scores in dev]
+    points = {"marker": "o", "markersize": 3}
+    left.plot(steps, held_out, color=ORANGE, label="held-out (dev)", **points)
+    left.axhline(floor, color=GREY, linestyle=":", label="uniform guess")
+    left.set(title=f"Cross-entropy, {name}", xlabel="step", ylabel="nats per token", ylim=(0, None))
+    left.legend(fontsize=7, frameon=False)
+
+    if shown:
+        for key in shown:
+            label, colour = ACCURACIES[key]
+            percent = [100 * scores[key] for scores in dev]
+            right.plot(steps, percent, color=colour, label=label, **points)
+        right.set(title="Accuracy on held-out prompts (dev)", xlabel="step")
+        right.set(ylabel="accuracy (%)", ylim=(0, 100))
+        right.legend(fontsize=7, frameon=False)
+    return keep(fig, path)
+
+
+def curves_figure(
+    steps: list[int],
+    curves: dict[str, dict[str, list[float]]],
+    title: str,
+    path: Path | None = None,
+):
+    """Lines over the training steps: label of a panel -> name of a run -> values."""
+    n = len(curves)
+    fig, axes = figure(0.4 + 3.2 * n, 2.9, ncols=n, squeeze=False)
+    for ax, (label, lines) in zip(axes[0], curves.items(), strict=True):
+        for (name, values), colour in zip(lines.items(), COLOURS, strict=False):
+            ax.plot(steps, values, color=colour, label=name)
+        ax.set(xlabel="step", ylabel=label)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    fig.suptitle(title, color=INK, fontsize=10)
+    return keep(fig, path)
+
+
+def load_figure(
+    steps: list[int],
+    loads: dict[str, list[np.ndarray]],
+    places: list[str],
+    title: str,
+    path: Path | None = None,
+):
+    """The load of the experts over the training steps, experts in the order of their final load.
+
+    loads: name of a run -> at each step the shares of visits (L, E).
+    """
+    L, E = next(iter(loads.values()))[0].shape  # L routers
+    fig, axes = figure(
+        1.2 + 2.6 * len(loads),
+        0.7 + 1.7 * L,
+        nrows=L,
+        ncols=len(loads),
+        squeeze=False,
+    )
+    # The edges of the image: half a step before the first step and behind the last one.
+    left = 1.5 * steps[0] - 0.5 * steps[1]
+    right = 1.5 * steps[-1] - 0.5 * steps[-2]
+    extent = (left, right, -0.5, E - 0.5)
+    for column, (name, load) in enumerate(loads.items()):
+        for router in range(L):
+            ax = axes[router, column]
+            share = np.stack(load)[:, router] / load[0][router].mean()  # (S, E) in even shares
+            order = share[-1].argsort()
+            image = ax.imshow(
+                share[:, order].T,
+                cmap="magma_r",
+                vmin=0,
+                vmax=4,
+                aspect="auto",
+                origin="lower",
+                extent=extent,
+            )
+            ax.set_yticks([])
+            if column == 0:
+                ax.set_ylabel(f"{places[router]}\nexperts", fontsize=8)
+            if router == 0:
+                ax.set_title(name, fontsize=9)
+            if router == L - 1:
+                ax.set_xlabel("step")
+    fig.colorbar(image, ax=axes, label="visits, in even shares", pad=0.01)
+    fig.suptitle(title, color=INK, fontsize=10)
+    return keep(fig, path)
+
+
+# ------------------------------------------------------------------------------- routing
+
+
+def preference(shares: np.ndarray) -> np.ndarray:
+    """shares (R, E) -> the order (E,) of the experts, by the kind of token that each prefers."""
+    favourite = shares.argmax(0)
+    return np.lexsort((-shares.max(0), favourite))
+
+
+def routing_figure(
+    shares: np.ndarray,
+    load: np.ndarray,
+    kinds: list[str],
+    places: list[str],
+    title: str,
+    path: Path | None = None,
+):
+    """Which expert does what; experts stand in the order of the kind that they prefer.
+
+    shares (L, R, E): the share of the tokens of each kind that visit each expert. load (L, E),
+    drawn above: the share of all tokens that do.
+    """
+    L, R, E = shares.shape  # L routers
+    fig, axes = panels(L, 2.9, [1.1, 0.5 + 0.22 * R])
+    for router, (top, ax) in enumerate(axes):
+        order = preference(shares[router])
+        top.bar(range(E), 100 * load[router, order], color=BLUE, width=0.8)
+        even = 100 * load[router].mean()
+        top.axhline(even, color=ORANGE, linewidth=1, linestyle="--")
+        top.set(title=places[router], xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 115 * load.max()))
+
+        image = ax.imshow(
+            100 * shares[router][:, order],
+            cmap="magma_r",
+            vmin=0,
+            vmax=100,
+            aspect="auto",
+        )
+        ax.set(xticks=range(E), yticks=range(R), xlabel="expert (sorted by what it prefers)")
+        ax.set_xticklabels(order, fontsize=6 if E <= 24 else 4)
+        if router % 2 == 0:  # on the left
+            top.set_ylabel("all tokens\n(%)", fontsize=8)
+            ax.set_yticklabels(kinds)
+        else:
+            ax.set_yticklabels([])
+    fig.colorbar(image, ax=list(axes[:, 1]), label="tokens that visit it (%)", pad=0.01)
+    fig.suptitle(title + "   (dashed: even load)", color=INK)
+    return keep(fig, path)
+
+
+def together_figure(
+    together: np.ndarray,
+    shares: np.ndarray,
+    places: list[str],
+    title: str,
+    path: Path | None = None,
+):
+    """Co-activation: together (L, E, E) is the share of expert i's tokens that also visit j."""
+    L, E, _ = together.shape  # L routers
+    fig, axes = panels(L, 2.6, [3.1])
+    largest = 100 * np.nanmax(together - np.eye(E))
+    size = 5 if E <= 24 else 3  # of the labels
+    for router, (ax,) in enumerate(axes):
+        order = preference(shares[router])
+        percent = 100 * together[router][np.ix_(order, order)]
+        np.fill_diagonal(percent, np.nan)  # an expert is always together with itself
+        image = ax.imshow(percent, cmap="magma_r", vmin=0, vmax=largest)
+        ax.set(title=places[router], xticks=range(E), yticks=range(E), xlabel="also visit expert")
+        ax.set_xticklabels(order, fontsize=size)
+        ax.set_yticklabels(order, fontsize=size)
+        if router % 2 == 0:  # on the left
+            ax.set_ylabel("tokens of expert")
+    fig.colorbar(image, ax=list(axes[:, 0]), label="share (%)", pad=0.01)
+    fig.suptitle(title, color=INK)
+    return keep(fig, path)

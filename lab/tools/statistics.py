@@ -1,0 +1,82 @@
+"""Means, shares, and their intervals."""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+
+def interval(values, level: float = 0.95):
+    """Mean of n independent values, and half the width of its confidence interval.
+
+    The interval is Student's t with n - 1 degrees of freedom. ValueError for fewer than 2 values.
+
+    >>> mean, half = interval([1.0, 2.0, 3.0])
+    >>> print(f"{mean:.2f} +- {half:.2f}")
+    2.00 +- 2.48
+    """
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"an interval needs at least 2 values, found {n}")
+    error = values.std(ddof=1) / n**0.5  # standard error of the mean
+    t = scipy_stats().t.ppf(0.5 + level / 2, n - 1)
+    return values.mean(), t * error
+
+
+def paired(a, b) -> float:
+    """The p-value (two-sided) of a paired t-test: do a and b, a value for each seed, differ?"""
+    return float(scipy_stats().ttest_rel(a, b).pvalue)
+
+
+def share_interval(right: int, n: int, level: float = 0.95):
+    """Wilson's confidence interval (low, high) of a share: `right` of n independent trials.
+
+    >>> low, high = share_interval(8, 10)
+    >>> print(f"{low:.2f} to {high:.2f}")
+    0.49 to 0.94
+    """
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share = right / n
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    low = middle - half if right > 0 else 0.0
+    high = middle + half if right < n else 1.0
+    return low, high
+
+
+def bootstrap(values, clusters, level: float = 0.95, draws: int = 2000):
+    """The interval (low, high) of a mean over seeds of the mean within a seed.
+
+    Seeds are drawn with replacement, and within each of them its clusters, such as cues.
+    values, clusters: for each seed an array (n,) of values and one (n,) of labels.
+    """
+    # The sum and the size of each cluster are all that its draws need.
+    sums, sizes = [], []
+    for value, label in zip(values, clusters, strict=True):
+        number = np.unique(label, return_inverse=True)[1]  # (n,) clusters counted from 0
+        sums.append(np.bincount(number, value))  # (C,)
+        sizes.append(np.bincount(number))  # (C,)
+
+    rng = np.random.default_rng(0)
+    S = len(sums)
+    means = np.zeros(draws)
+    for picked in rng.integers(S, size=(S, draws)):  # (draws,) the seed that is drawn
+        for seed in range(S):
+            mine = picked == seed
+            C = len(sums[seed])
+            # How often each cluster is drawn: (draws of this seed, C).
+            times = rng.multinomial(C, np.full(C, 1 / C), size=int(mine.sum()))
+            means[mine] += (times @ sums[seed]) / (times @ sizes[seed]) / S
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    return low, high
+
+
+def scipy_stats():
+    """The module scipy.stats. ValueError, with how to install it, where it is missing."""
+    try:
+        from scipy import stats
+    except ImportError:
+        hint = 'pip install -e ".[lab]"'
+        raise ValueError(f"intervals and tests over seeds need scipy: {hint}") from None
+    return stats

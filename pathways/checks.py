@@ -1,0 +1,183 @@
+"""Checks of what a user gives: each raises ValueError, in one line that says what to do.
+
+Letters in the shape comments:  n prompts    m references    T tokens    O options
+"""
+
+import difflib
+
+import torch
+
+from moe import require
+
+TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")
+EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")
+
+
+def require_config(config, surrogates, kernels):
+    """The values of a RemixConfig."""
+    least = {"k": 1, "batch": 1, "steps": 0, "lr": 0, "alpha": 0, "max_memory": 0}
+    for name, low in least.items():
+        value = getattr(config, name)
+        require(value >= low, f"{name} is {value}; it must be at least {low}")
+    require(config.alpha <= 1, f"alpha is {config.alpha}; it must be at most 1")
+    require(
+        config.core is None or config.core >= 1,
+        f"core is {config.core}; it must be at least 1, or none",
+    )
+    if not callable(config.method):
+        one_of("method", config.method, tuple(surrogates))
+    one_of("kernel", config.kernel, kernels)
+    one_of("loss", config.loss, ("vocabulary", "options"))
+    one_of("embedding", config.embedding.partition(":")[0], EMBEDDINGS)
+
+
+def require_layers(spec: str, n: int):
+    """Critical layers that exist, of n blocks with routers."""
+    require(
+        n > 0,
+        "this model has no routers (it is dense, or routes by hash): there is nothing to re-mix",
+    )
+    kind, _, count = spec.partition(":")
+    if spec == "all":
+        return
+    if kind in ("first", "middle", "last") and count.isdigit():
+        fits = 1 <= int(count) <= n
+    else:
+        fits = all(number.isdigit() and int(number) < n for number in spec.split(","))
+    require(
+        fits,
+        f"unknown critical layers {spec!r}; expected all, last:{min(2, n)}, first:1, middle:1, "
+        f"or numbers from 0 to {n - 1}, such as 0,{n - 1}",
+    )
+
+
+def require_enough(correct, usable, allowed, k: int):
+    """Enough references that may help: correct (m,), usable (n, m), allowed (n, m) or None."""
+    if allowed is not None:
+        shape, expected = tuple(allowed.shape), tuple(usable.shape)
+        require(shape == expected, f"allowed has shape {shape}; expected {expected}")
+    m, n_correct = len(correct), int(correct.sum())
+    require(
+        n_correct > 0,
+        f"the model answers none of the {m} references right: there is nothing to learn from",
+    )
+    require(
+        k <= n_correct,
+        f"k is {k}, but there are {n_correct} usable references; take a smaller k",
+    )
+
+
+def require_remixable(model, references, tokens, lengths, method, loss: str):
+    """Model, references and prompts (n, T) that fit together."""
+    sizes = model.config
+    stuck = sizes.top_k == 1 and sizes.norm_topk and method == "ngd"
+    require(
+        not stuck,
+        "ngd: with top_k 1 and norm_topk the one weight is always 1, and the gradient zero; "
+        "take kernel_regression or mode_finding",
+    )
+    require(
+        references is not None,
+        "re-mixing needs references: ReferenceSet.build makes them",
+    )
+    references.require_model(model)
+    require_one_length(references.token, lengths, references.pathways.shape[1])
+    require(
+        loss != "options" or references.options is not None,
+        "loss options needs the options of the references: ReferenceSet.build(..., options=(m, O))",
+    )
+    require_new(tokens, lengths, references)
+
+
+def one_of(what: str, name: str, known):
+    """ValueError, with the nearest name that there is, for a name that there is not."""
+    if name in known:
+        return
+    near = difflib.get_close_matches(str(name), known, 1, cutoff=0)[0]
+    names = ", ".join(known)
+    raise ValueError(f"unknown {what} {name!r}; did you mean {near}? There are {names}")
+
+
+def require_in_vocabulary(what: str, tokens, vocab_size: int):
+    """ValueError unless all tokens are of the vocabulary."""
+    low, high = (int(token) for token in tokens.aminmax())
+    require(
+        0 <= low <= high < vocab_size,
+        f"{what} go from {low} to {high}; the vocabulary goes from 0 to {vocab_size - 1}",
+    )
+
+
+def require_options(whose: str, options, labels, vocab_size: int):
+    """ValueError unless options are (n, O), of the vocabulary, and hold the labels (n,)."""
+    shape, n = tuple(options.shape), len(labels)
+    fits = options.dim() == 2 and shape[0] == n
+    require(fits, f"options have shape {shape}; expected ({n}, O)")
+    require_in_vocabulary("options", options, vocab_size)
+    listed = (options == labels[:, None]).any(1)
+    require(bool(listed.all()), f"the label {whose} is not among its options")
+
+
+def require_new(tokens, lengths, references):
+    """ValueError for prompts that are references: their labels would be known."""
+    known = set(as_tuples(references.tokens, references.lengths))
+    asked = as_tuples(tokens, lengths)
+    repeated = [i for i, prompt in enumerate(asked) if prompt in known]
+    require(
+        not repeated,
+        f"{len(repeated)} of {len(asked)} prompts are references too, such as prompt "
+        f"{repeated[:1]}: the labels would be known; take them out of one of the two",
+    )
+
+
+def as_tuples(tokens, lengths) -> list[tuple]:
+    """Prompts without their padding."""
+    pairs = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    return [tuple(row[:length]) for row, length in pairs]
+
+
+def require_one_length(token: str, lengths, expected: int):
+    """ValueError for prompts of several lengths, where every token's pathway is re-mixed."""
+    alike = token != "all" or bool((lengths == expected).all())
+    require(
+        alike,
+        f"token all needs prompts of one length, here {expected} tokens; "
+        f"these have {int(lengths.min())} to {int(lengths.max())}",
+    )
+
+
+def require_labels(tokens, lengths, labels, options, vocab_size: int, token: str):
+    """ValueError unless there is a label for every reference, of the vocabulary and the options."""
+    require(
+        len(labels) == len(tokens),
+        f"{len(tokens)} references have {len(labels)} labels; expected one each",
+    )
+    require_in_vocabulary("labels", labels, vocab_size)
+    if options is not None:
+        require_options("of a reference", options, labels, vocab_size)
+    require_one_length(token, lengths, int(lengths[0]))
+
+
+def require_routers(model):
+    """ValueError for a model that has none."""
+    require(
+        len(model.routers()) > 0,
+        "this model has no routers (it is dense, or routes by hash): there is nothing to re-mix",
+    )
+
+
+def require_own(own, embeddings, n: int):
+    """ValueError unless prompts and references have vectors of one width."""
+    require(
+        own is not None and embeddings is not None,
+        "embedding own needs arrays: ReferenceSet.build(embeddings=...) and remix(embeddings=...)",
+    )
+    shape, width = tuple(torch.as_tensor(own).shape), embeddings.shape[1]
+    require(shape == (n, width), f"own embeddings are {shape}; expected {(n, width)}")
+
+
+def require_layer(name: str, layer: str, n_layers: int):
+    """ValueError unless the layer of hidden:LAYER is one of the model's."""
+    require(
+        layer.isdigit() and int(layer) < n_layers,
+        f"unknown embedding {name!r}; expected hidden:0 to hidden:{n_layers - 1}",
+    )

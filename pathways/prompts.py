@@ -1,0 +1,59 @@
+"""Prompts as tensors: padding, portions, answers among options.
+
+Letters in the shape comments:  n prompts    T tokens    V vocabulary    O options
+"""
+
+import torch
+import torch.nn.functional as F
+
+from moe import require
+from pathways.checks import require_in_vocabulary
+
+
+def padded(prompts, vocab_size: int):
+    """Prompts, a tensor (n, T) or lists -> tokens (n, T), padded on the right, and lengths (n,).
+
+    ValueError where there is no prompt, an empty one, or a token outside the vocabulary.
+    """
+    rows = [torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts]
+    shortest = min((len(row) for row in rows), default=0)
+    require(
+        shortest > 0,
+        f"expected one prompt or more, none empty; found {len(rows)} prompts",
+    )
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    require_in_vocabulary("tokens", tokens, vocab_size)
+    lengths = torch.tensor([len(row) for row in rows])
+    return tokens, lengths
+
+
+def portions(tokens, lengths, most: int = 8_192):
+    """Prompts (n, T) in portions of at most 8,192 tokens, without padding that none of them needs.
+
+    Yields tokens and lengths.
+    """
+    size = max(1, most // tokens.shape[1])
+    for start in range(0, len(tokens), size):
+        yield trimmed(tokens, lengths, slice(start, start + size))
+
+
+def trimmed(tokens, lengths, rows):
+    """Some of the prompts, as wide as the longest of them -> tokens, lengths."""
+    length = lengths[rows]
+    return tokens[rows, : int(length.max())], length
+
+
+def best_token(logits, options=None):
+    """logits (n, V) -> the most probable token (n,), of all, or of the options (n, O)."""
+    if options is None:
+        return logits.argmax(-1)
+    place = logits.gather(1, options).argmax(1, keepdim=True)  # (n, 1) among the options
+    return options.gather(1, place)[:, 0]  # (n, O) -> (n,)
+
+
+def cross_entropy(logits, labels, options=None):
+    """Logits (n, V), labels (n,) -> nats (n,), over the vocabulary or over the options (n, O)."""
+    if options is not None:
+        logits = logits.gather(1, options)  # (n, V) -> (n, O)
+        labels = (options == labels[:, None]).int().argmax(1)  # the place among the options
+    return F.cross_entropy(logits, labels, reduction="none")

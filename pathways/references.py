@@ -1,0 +1,219 @@
+"""References: prompts whose answers are known, and the pathways that a model takes for them.
+
+    references = ReferenceSet.build(model, prompts, labels)
+    references.save(path)
+    references = ReferenceSet.load(path, model)
+
+Letters in the shape comments:  m references    T tokens    E experts    R rows    O options
+"""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from moe import require
+from pathways.checks import require_labels, require_routers
+from pathways.prompts import best_token, padded, portions
+from pathways.tail import Prefix, Tail, frozen
+
+
+@dataclass
+class ReferenceSet:
+    """m prompts with labels, whether the model answers them right, and the pathways it takes."""
+
+    tokens: torch.Tensor  # (m, T), padded on the right
+    lengths: torch.Tensor  # (m,)
+    labels: torch.Tensor  # (m,) the token that should follow
+    correct: torch.Tensor  # (m,) bool
+    pathways: torch.Tensor  # (m, 1, routers, E); with token "all" (m, T, routers, E)
+    model: str  # fingerprint of the model that took them
+    token: str = "last"  # the token whose pathways these are
+    options: torch.Tensor | None = None  # (m, O) tokens among which to choose; None: all
+    corpus: torch.Tensor | None = None  # (c, T) prompts that tell tf-idf how rare a token is
+    corpus_lengths: torch.Tensor | None = None  # (c,)
+    embeddings: torch.Tensor | None = None  # (m, X) of your own
+    kept: "Prefixes | None" = field(default=None, init=False, repr=False, compare=False)
+
+    @classmethod
+    @torch.no_grad()
+    def build(
+        cls,
+        model,
+        prompts,
+        labels,
+        options=None,
+        corpus=None,
+        embeddings=None,
+        token="last",
+    ) -> "ReferenceSet":
+        """Run a model over reference prompts, a tensor (m, T) or lists, with labels (m,).
+
+        ValueError: no references, labels outside the vocabulary or the options, a model without
+        routers, prompts of several lengths with token "all".
+        """
+        vocab_size = model.config.vocab_size
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        if options is not None:
+            options = torch.as_tensor(options)
+        if embeddings is not None:
+            embeddings = torch.as_tensor(embeddings)
+        require(
+            len(prompts) > 0,
+            "the reference set is empty; re-mixing needs labelled samples, hundreds or more",
+        )
+        tokens, lengths = padded(prompts, vocab_size)
+        require_labels(tokens, lengths, labels, options, vocab_size, token)
+        require_routers(model)
+        corpus_tokens, corpus_lengths = None, None
+        if corpus is not None:
+            corpus_tokens, corpus_lengths = padded(corpus, vocab_size)
+
+        # The model's own pathways and answers.
+        tail = Tail(model, token=token)
+        pathways, logits = [], []
+        with frozen(model):
+            for portion in portions(tokens, lengths):
+                own, answer = tail.own(tail.cut(*portion))
+                pathways.append(own.cpu())
+                logits.append(answer.cpu())
+        pathways = torch.cat(pathways)  # (m, R, E)
+        pathways = pathways.unflatten(1, (-1, len(tail.routers)))  # (m, 1 or T, routers, E)
+        correct = best_token(torch.cat(logits), options) == labels
+        return cls(
+            tokens,
+            lengths,
+            labels,
+            correct,
+            pathways,
+            fingerprint(model),
+            token,
+            options,
+            corpus_tokens,
+            corpus_lengths,
+            embeddings,
+        )
+
+    def prefixes(self, tail: Tail, max_memory: float = 512.0) -> "Prefixes":
+        """The prefixes of these references for a tail, kept up to so many MB for the next call."""
+        kept = self.kept
+        if kept is None or not kept.serves(tail):
+            kept = Prefixes(tail, self.tokens, self.lengths)
+            self.kept = kept
+        kept.max_bytes = max_memory * 1e6
+        return kept
+
+    def save(self, path):
+        """Write a safetensors file, whole or not at all. Prefixes are not saved: they are large."""
+        tensors = {}
+        for name, value in vars(self).items():
+            if torch.is_tensor(value):
+                tensors[name] = value.clone(memory_format=torch.contiguous_format)
+        about = {"model": self.model, "token": self.token}
+        temporary = Path(f"{path}.tmp")
+        safetensors.torch.save_file(tensors, temporary, about)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path, model) -> "ReferenceSet":
+        """ValueError for a file that is missing, is no reference set, or is of another model."""
+        require(Path(path).is_file(), f"no such reference set: {path}")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            references = cls(**tensors, **about)
+        except (safetensors.SafetensorError, TypeError) as error:
+            mend = "ReferenceSet.save makes one"
+            raise ValueError(f"{path} is not a reference set ({error}); {mend}") from None
+        references.require_model(model, path)
+        return references
+
+    def require_model(self, model, name="the reference set"):
+        """ValueError unless the pathways are this model's."""
+        require(
+            self.model == fingerprint(model),
+            f"{name} was made by another model: the weights differ; build it anew",
+        )
+
+
+class Prefixes:
+    """The prefixes of references: made on demand, and kept up to max_bytes.
+
+    Where the room is not enough, the least recently used are given up first.
+    """
+
+    def __init__(self, tail: Tail, tokens, lengths, max_bytes: float = 512e6):
+        self.tail = tail
+        self.tokens = tokens
+        self.lengths = lengths
+        self.max_bytes = max_bytes
+        self.kept = OrderedDict()  # index of a reference -> its five tensors, without padding
+        self.size = 0  # bytes
+
+    def serves(self, tail: Tail) -> bool:
+        """Whether these are the prefixes that a tail needs."""
+        ours = self.tail
+        same_cut = (ours.first, ours.token) == (tail.first, tail.token)
+        return ours.model is tail.model and same_cut
+
+    def __call__(self, index) -> Prefix:
+        """The prefixes of some references (M,), as a batch."""
+        index = index.tolist()
+        needed = {i: self.kept[i] for i in index if i in self.kept}
+        needed |= self.make(sorted(set(index) - needed.keys()))
+
+        # The newest stand last; the oldest go where the room is not enough.
+        for i, prefix in needed.items():
+            self.keep(i, prefix)
+        while self.size > self.max_bytes:
+            _, oldest = self.kept.popitem(last=False)
+            self.size -= n_bytes(oldest)
+
+        rows = [needed[i] for i in index]
+        columns = zip(*rows, strict=True)  # five times M tensors
+        return Prefix(*(pad_sequence(column, batch_first=True) for column in columns))
+
+    def make(self, missing: list[int]) -> dict:
+        """The prefixes of references that are not kept."""
+        if not missing:
+            return {}
+        prefixes = []
+        for portion in portions(self.tokens[missing], self.lengths[missing]):
+            batch = self.tail.cut(*portion)
+            prefixes += [without_padding(row) for row in zip(*batch, strict=True)]
+        return dict(zip(missing, prefixes, strict=True))
+
+    def keep(self, i: int, prefix):
+        """Keep a reference's prefix as the newest."""
+        if i not in self.kept:
+            self.size += n_bytes(prefix)
+        self.kept[i] = prefix
+        self.kept.move_to_end(i)
+
+
+def without_padding(row) -> list[torch.Tensor]:
+    """One row of a Prefix without its padding, copied: a view would keep its whole batch alive."""
+    x, valid, keys, values, past = row
+    P, S = int(valid.sum()), int(past.sum())
+    tensors = (x[:P], valid[:P], keys[:S], values[:S], past[:S])
+    return [tensor.clone() for tensor in tensors]
+
+
+def n_bytes(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def fingerprint(model) -> str:
+    """What tells a model from all others: a hash of its sizes and weights."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()

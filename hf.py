@@ -1,347 +1,393 @@
-"""Checkpoints of the Hugging Face hub, in and out: OLMoE, DeepSeekMoE (v1), Mixtral and Qwen3-MoE.
+"""Checkpoints of the Hugging Face hub, in and out: OLMoE, DeepSeekMoE (v1), Mixtral, Qwen3-MoE.
 
-python hf.py PATH_OR_REPO    what a checkpoint is, and whether it fits here, before anything is loaded
+    python hf.py PATH_OR_REPO      tell what a checkpoint is, and whether it fits here
 
-A checkpoint is a folder of config.json, model.safetensors (or an index and shards) and tokenizer.json. It is not
-trusted: no pickle is read, and every size is checked before anything is allocated, by the library safetensors and here.
+A checkpoint is a folder of config.json, model.safetensors (or an index and several such files) and
+tokenizer.json. A family of models differs from another in the names of its tensors and in some
+settings; this page has a table for the names, reads config.json, and then loads and saves. The
+files may be broken or hostile: `lab/checkpoints/untrusted.py` reads them.
 """
 
 import json
-import math
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lab.checkpoints.untrusted import (
+    DTYPES,
+    Settings,
+    copy_tensor,
+    download,
+    one_line,
+    read_entries,
+    read_json,
+    read_tokenizer,
+    require_tensors,
+    room,
+)
 from moe import Experts, MoE, MoEConfig, MoETransformer, Router, require
 
-NAMES = {  # our weights, in a block or outside -> the hub's; where those are two, they share the rows of ours
-    "embedding.weight": ["model.embed_tokens"], "norm.weight": ["model.norm"], "unembedding.weight": ["lm_head"],
-    "attention_norm.weight": ["input_layernorm"], "ffn_norms.0.weight": ["post_attention_layernorm"],
-    **{f"attention.{x}.weight": [f"self_attn.{x}_proj"] for x in "qkvo"},
-    **{f"attention.{x}_norm.weight": [f"self_attn.{x}_norm"] for x in "qk"},
-    "ffns.0.gate_up.weight": ["mlp.gate_proj", "mlp.up_proj"], "ffns.0.down.weight": ["mlp.down_proj"],
-    "ffns.0.router.weight": ["mlp.gate"], "ffns.0.experts.down": ["mlp.experts.{e}.down_proj"],
+# ------------------------------------------------------------------------------- names of tensors
+
+# Our name -> theirs, without .weight. Where theirs are two, ours has the rows of both.
+NAMES = {
+    "embedding.weight": ["model.embed_tokens"],
+    "norm.weight": ["model.norm"],
+    "unembedding.weight": ["lm_head"],
+    # The others stand in a layer: behind blocks.3. of ours, model.layers.3. of theirs.
+    "attention_norm.weight": ["input_layernorm"],
+    "attention.q.weight": ["self_attn.q_proj"],
+    "attention.k.weight": ["self_attn.k_proj"],
+    "attention.v.weight": ["self_attn.v_proj"],
+    "attention.o.weight": ["self_attn.o_proj"],
+    "attention.q_norm.weight": ["self_attn.q_norm"],
+    "attention.k_norm.weight": ["self_attn.k_norm"],
+    "ffn_norms.0.weight": ["post_attention_layernorm"],
+    # A dense layer.
+    "ffns.0.gate_up.weight": ["mlp.gate_proj", "mlp.up_proj"],
+    "ffns.0.down.weight": ["mlp.down_proj"],
+    # A MoE layer: the router, the experts e, the shared expert.
+    "ffns.0.router.weight": ["mlp.gate"],
     "ffns.0.experts.gate_up": ["mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"],
-    "ffns.0.shared.down.weight": ["mlp.shared_experts.down_proj"],
+    "ffns.0.experts.down": ["mlp.experts.{e}.down_proj"],
     "ffns.0.shared.gate_up.weight": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
-}  # fmt: skip
-MIXTRAL = NAMES | {
-    "ffns.0.router.weight": ["block_sparse_moe.gate"], "ffns.0.experts.down": ["block_sparse_moe.experts.{e}.w2"],
-    "ffns.0.experts.gate_up": ["block_sparse_moe.experts.{e}.w1", "block_sparse_moe.experts.{e}.w3"],
-}  # fmt: skip
-FAMILIES = {  # model_type -> the names, where queries and keys are normalised, rope_theta where none is given
-    "olmoe": (NAMES, "full", 1e4),
-    "deepseek": (NAMES, "none", 1e4),
-    "mixtral": (MIXTRAL, "none", 1e6),
-    "qwen3_moe": (NAMES, "head", 1e4),
+    "ffns.0.shared.down.weight": ["mlp.shared_experts.down_proj"],
 }
-KEYS = {  # fields of MoEConfig -> the keys of config.json that may hold them
-    "vocab_size": "vocab_size", "context": "max_position_embeddings", "d_model": "hidden_size", "clip_qkv": "clip_qkv",
-    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads",
-    "n_experts": "num_experts num_local_experts n_routed_experts", "top_k": "num_experts_per_tok",
-    "norm_topk": "norm_topk_prob", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings", "head_dim": "head_dim",
-    "rope_theta": "rope_theta rope_parameters.rope_theta rope_scaling.rope_theta",
-}  # fmt: skip
-OPTIONAL = {"n_kv_heads": None, "head_dim": None, "clip_qkv": None, "norm_topk": False, "tied": False}
-NEUTRAL = {  # keys that would change the result, and the only value that we compute; null will do, too
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "scoring_func": "softmax", "n_group": 1,
-    "topk_group": 1, "topk_method": "greedy", "routed_scaling_factor": 1, "partial_rotary_factor": 1,
-    "quantization_config": None, "rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "default"},
-}  # fmt: skip
-SPANS = {int: (1, 2**18), float: (1e-12, 1e12), bool: (False, True)}
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+MIXTRAL_EXPERT = "block_sparse_moe.experts.{e}"
+MIXTRAL = NAMES | {
+    "ffns.0.router.weight": ["block_sparse_moe.gate"],
+    "ffns.0.experts.gate_up": [f"{MIXTRAL_EXPERT}.w1", f"{MIXTRAL_EXPERT}.w3"],
+    "ffns.0.experts.down": [f"{MIXTRAL_EXPERT}.w2"],
+}
+
+
+class Family(NamedTuple):
+    """What tells one family of checkpoints from another."""
+
+    names: dict[str, list[str]]
+    qk_norm: str  # where queries and keys are normalised, see MoEConfig
+    rope_theta: float  # where config.json gives none
+
+
+FAMILIES = {  # by the model_type of config.json
+    "olmoe": Family(NAMES, "full", 1e4),
+    "deepseek": Family(NAMES, "none", 1e4),
+    "mixtral": Family(MIXTRAL, "none", 1e6),
+    "qwen3_moe": Family(NAMES, "head", 1e4),
+}
+
+
+def pieces(model, family: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a family's checkpoint: yields (their name, the view of our weight)."""
+    names = FAMILIES[family].names
+    for path, weight in model.named_parameters():
+        layer, ours = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", path).groups()
+        prefix = "" if layer is None else f"model.layers.{layer}."
+
+        # Theirs is a matrix for each expert, ours one tensor (E, 2F, D) or (E, D, F).
+        weight = weight.detach()
+        matrices = weight if weight.dim() == 3 else [weight]
+        for e, matrix in enumerate(matrices):
+            rows = matrix.chunk(len(names[ours]))  # (2F, D) -> (F, D) twice, or as it is
+            for theirs, view in zip(names[ours], rows, strict=True):
+                yield f"{prefix}{theirs.format(e=e)}.weight", view
+
+
+# ------------------------------------------------------------------------------------ config.json
+
+# Field of MoEConfig -> its kind, and the keys that may hold it; the names differ by version.
+KEYS = {
+    "vocab_size": (int, "vocab_size"),
+    "context": (int, "max_position_embeddings"),
+    "d_model": (int, "hidden_size"),
+    "clip_qkv": (float, "clip_qkv"),
+    "n_layers": (int, "num_hidden_layers"),
+    "n_heads": (int, "num_attention_heads"),
+    "n_kv_heads": (int, "num_key_value_heads"),
+    "n_experts": (int, "num_experts", "num_local_experts", "n_routed_experts"),
+    "top_k": (int, "num_experts_per_tok"),
+    "norm_topk": (bool, "norm_topk_prob"),
+    "norm_eps": (float, "rms_norm_eps"),
+    "tied": (bool, "tie_word_embeddings"),
+    "head_dim": (int, "head_dim"),
+    "rope_theta": (float, "rope_theta", "rope_parameters.rope_theta", "rope_scaling.rope_theta"),
+}
+OPTIONAL = {
+    "n_kv_heads": None,
+    "head_dim": None,
+    "clip_qkv": None,
+    "norm_topk": False,
+    "tied": False,
+}
+HIGH = {"n_layers": 256, "context": 2**30}
+
+
+def read_config(raw: dict, path):
+    """What config.json says -> (family, MoEConfig, dtype of the file).
+
+    path: for messages. ValueError that names a key which is missing, absurd, or would change the
+    result in a way that moe.py does not compute.
+    """
+    name = str(raw.get("model_type"))
+    names = ", ".join(FAMILIES)
+    require(name in FAMILIES, f"{path}: model_type is {name:.60}; known are {names}")
+    settings = Settings(raw, path)
+
+    # Read the sizes that every family has.
+    defaults = OPTIONAL | {"rope_theta": FAMILIES[name].rope_theta}
+    sizes = {"qk_norm": FAMILIES[name].qk_norm}
+    for field, (kind, *keys) in KEYS.items():
+        limits = {"high": HIGH.get(field)}
+        if field in defaults:
+            limits["default"] = defaults[field]
+        sizes[field] = settings.get(kind, *keys, **limits)
+
+    # Refuse what we would compute wrongly, find the dense layers, and the widths.
+    settings.require_plain(sizes["n_layers"], sizes["context"])
+    sizes["dense_layers"] = dense_layers(settings, sizes["n_layers"])
+    n_shared = settings.get(int, "n_shared_experts", default=0, low=0)
+    width = settings.get(int, "moe_intermediate_size", default=None)
+    sizes["d_expert"] = width or settings.get(int, "intermediate_size")
+    sizes["d_dense"] = settings.get(int, "intermediate_size", default=None)
+    sizes["d_shared"] = n_shared * sizes["d_expert"]
+
+    # Mixtral always divides the k weights by their sum. DeepSeek never divides a single one.
+    if name == "mixtral":
+        sizes["norm_topk"] = True
+    if name == "deepseek" and sizes["top_k"] == 1:
+        sizes["norm_topk"] = False
+
+    try:
+        config = MoEConfig(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    return name, config, dtype
+
+
+def dense_layers(settings: Settings, n_layers: int) -> list[int]:
+    """The layers that are dense; families say it in different keys."""
+    every = settings.get(int, "moe_layer_freq", default=1)
+    step = settings.get(int, "decoder_sparse_step", default=1)
+    first = settings.get(int, "first_k_dense_replace", default=0, low=0)
+    named = settings.raw.get("mlp_only_layers") or []
+    valid = isinstance(named, list) and all(layer in range(n_layers) for layer in named)
+    problem = f"{settings.path}: mlp_only_layers is {named!r:.60}"
+    require(valid, f"{problem}; expected some of the layers 0 to {n_layers - 1}")
+
+    layers = []
+    for i in range(n_layers):
+        moe = i % every == 0 and (i + 1) % step == 0
+        if i < first or i in named or not moe:
+            layers.append(i)
+    return layers
+
+
+def write_config(model):
+    """The family that a model belongs to, and its config.json -> (family, dict).
+
+    ValueError, with the reason, where no family can express it.
+    """
+    # A router or expert of another class computes what no family does.
+    classes = {type(model)}
+    for module in model.modules():
+        if isinstance(module, MoE):
+            classes |= {type(module.router), type(module.experts)}
+    other = sorted(kind.__name__ for kind in classes - {MoETransformer, Router, Experts})
+    require(not other, f"no family of the hub computes {', '.join(other)}")
+
+    # The norm of queries and keys tells the families apart, but for two.
+    c = model.config
+    mixtral = c.norm_topk and c.d_shared == 0 and not c.dense_layers
+    unnormed = "mixtral" if mixtral else "deepseek"
+    name = {"full": "olmoe", "head": "qwen3_moe", "none": unnormed}[c.qk_norm]
+
+    # Write what all families have, and what only this one has.
+    raw = {}
+    for field, (_, key, *_) in KEYS.items():
+        if field not in ("clip_qkv", "head_dim"):
+            raw[key] = getattr(c, field)
+    raw["intermediate_size"] = c.d_expert
+    if name == "olmoe":
+        raw["clip_qkv"] = c.clip_qkv
+    if name == "mixtral":
+        raw["head_dim"] = c.head_dim
+        raw["num_local_experts"] = c.n_experts
+    if name == "qwen3_moe":
+        raw["head_dim"] = c.head_dim
+        raw["mlp_only_layers"] = list(c.dense_layers)
+    if name == "deepseek":
+        raw["n_routed_experts"] = c.n_experts
+        raw["n_shared_experts"] = c.d_shared // c.d_expert
+        raw["first_k_dense_replace"] = len(c.dense_layers)
+    if name in ("qwen3_moe", "deepseek"):
+        raw["intermediate_size"] = c.d_dense
+        raw["moe_intermediate_size"] = c.d_expert
+    class_name = name.title().replace("_", "")  # qwen3_moe -> Qwen3Moe
+    raw |= {
+        "model_type": name,
+        "architectures": [f"{class_name}ForCausalLM"],
+        "hidden_act": "silu",
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
+    }
+
+    # Read it back: what differs cannot be expressed. Dropout is left out, and without dense layers
+    # their width means nothing.
+    _, back, _ = read_config(raw, "config.json")
+    lost = {}
+    for field, value in vars(c).items():
+        unused = field == "dropout" or (field == "d_dense" and not c.dense_layers)
+        if not unused and getattr(back, field) != value:
+            lost[field] = value
+    problem = f"with qk_norm {c.qk_norm!r} this would be {name}, which cannot have {lost}"
+    require(not lost, problem)
+    return name, raw
+
+
+# ---------------------------------------------------------------------------------- load and save
+
 ABOUT = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
 
 
 def load(source, dtype=None, device="cpu", cache=None, offline=False):
-    """A checkpoint -> (model in evaluation mode, tokenizer of the library tokenizers, or None where it has none).
+    """Open a checkpoint -> (model in evaluation mode, tokenizer of the library tokenizers or None).
 
-    source: a folder, or owner/name[@revision] on the hub, downloaded to the folder `cache` (None: the hub's own) unless
-    offline. dtype: float64, float32, bfloat16, float16 (None: as config.json says). Memory is taken for the model and
-    some MB; the files are only mapped. ValueError or OSError, in one line, for what cannot be loaded."""
+    source: a folder, or owner/name[@revision] on the hub, which is downloaded to the folder `cache`
+    (None: the hub's own) unless `offline`. dtype: float64, float32, bfloat16 or float16 (None: as
+    stored). The files are only mapped: memory is taken for the model and some MB.
+    ValueError or OSError, in one line, for what cannot be loaded.
+    """
+    # What will it be, and does it fit? So far no numbers are read.
     folder = fetch(source, ABOUT, cache, offline)
     name, model, dtype = plan(folder, dtype)
     tokenizer = read_tokenizer(folder, model.config.vocab_size)
-    need, free = sum(weight.nbytes for weight in model.parameters()), room(device)
-    short = f"{source} takes {need / 1e9:,.2f} GB in {dtype}, and {device} has {free / 1e9:,.2f} GB free"
-    require(need <= free, f"{short}: try bfloat16, or a larger machine")
-    if not Path(source).is_dir():  # the weights, of the same commit
-        folder = fetch(f"{str(source).split('@')[0]}@{folder.name}", [*ABOUT, "model*.safetensors"], cache, offline)
+    need = sum(weight.nbytes for weight in model.parameters())
+    free = room(device)
+    sizes = f"{need / 1e9:,.2f} GB in {dtype}, and {device} has {free / 1e9:,.2f} GB free"
+    require(need <= free, f"{source} takes {sizes}: try bfloat16, or a larger machine")
+
+    # Get the weights, of the same commit, and compare them with config.json.
+    if not Path(source).is_dir():
+        repo = str(source).split("@")[0]
+        files = [*ABOUT, "model*.safetensors"]
+        folder = fetch(f"{repo}@{folder.name}", files, cache, offline)
     entries = read_entries(folder)
-    check(model, name, entries, folder)
-    parts = dict(pieces(model.to_empty(device=device), name))
-    for tensor, stored in entries.items():  # by name, as most files are ordered
-        if tensor in parts:
-            copy(parts[tensor], stored)
+    require_tensors(pieces(model, name), entries, folder, name)
+
+    # Copy them, in the order of the files.
+    model.to_empty(device=device)
+    weights = dict(pieces(model, name))
+    for key, entry in entries.items():
+        if key in weights:
+            copy_tensor(weights[key], entry)
     return model.eval(), tokenizer
 
 
 def fetch(source, files: list[str], cache=None, offline=False) -> Path:
-    """The folder of a checkpoint; of a repository of the hub, those files are downloaded. OSError where that fails."""
+    """The folder of a checkpoint. From a repository of the hub these files are downloaded."""
     if Path(source).is_dir():
         return Path(source)
     repo = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
-    require(repo, f"{source} is neither a folder nor a repository of the hub, owner/name or owner/name@revision")
+    expected = "a folder nor a repository of the hub, owner/name or owner/name@revision"
+    require(repo, f"{source} is neither {expected}")
+    options = {"revision": repo[2], "allow_patterns": files}
+    options |= {"cache_dir": cache, "local_files_only": offline}
     try:
-        from huggingface_hub import snapshot_download  # here: a folder does not need it
-
-        options = {"revision": repo[2], "cache_dir": cache, "local_files_only": offline, "allow_patterns": files}
-        return Path(snapshot_download(repo[1], **options))
-    except Exception as error:  # OSError, or of the hub, or of its network library, which differs between its versions
-        raise OSError(f"{source}: no folder here, nor had from the hub: {one_line(error)}") from error
-
-
-def one_line(error) -> str:
-    """What an exception of a library says."""
-    return " ".join(str(error).split())[:200]
+        return download(repo[1], **options)
+    except OSError as error:
+        raise OSError(f"{source}: no folder here, nor had from the hub: {error}") from error
 
 
 def plan(folder: Path, dtype=None):
-    """What a checkpoint will be -> (family, model on the device meta, where tensors have no numbers, dtype)."""
-    name, config, stored = read_config(read_json(folder / "config.json"), folder / "config.json")
+    """What a checkpoint will be -> (family, model without numbers, dtype)."""
+    path = folder / "config.json"
+    name, config, stored = read_config(read_json(path), path)
     dtype = str(dtype or stored).removeprefix("torch.")
-    require(dtype in DTYPES.values(), f"dtype is {dtype:.60}; expected one of {', '.join(DTYPES.values())}")
+    names = ", ".join(DTYPES.values())
+    require(dtype in DTYPES.values(), f"dtype is {dtype:.60}; expected one of {names}")
     with torch.device("meta"):
-        return name, MoETransformer(config).to(getattr(torch, dtype)), dtype
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, from a file of up to 8 MB. ValueError for anything else."""
-    require(path.is_file(), f"{path.parent} is no checkpoint: there is no {path.name}")
-    require(path.stat().st_size <= 2**23, f"{path} has {path.stat().st_size:,} bytes; expected at most {2**23:,}")
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no readable JSON: {error}") from None
-    require(isinstance(found, dict), f"{path} holds JSON, but no object")
-    return found
-
-
-def read_entries(folder: Path) -> dict:
-    """The tensors of a checkpoint, not read yet: name -> slice of the library. ValueError for files that do not fit."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return read_header(single)
-    pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth")]
-    why = f"; {pickles[0]} is a pickle, which may run any code when it is read: convert it" if pickles else ""
-    require(index.is_file(), f"{folder} has neither {single.name} nor {index.name}{why}")
-    shards, entries = read_json(index).get("weight_map"), {}
-    require(isinstance(shards, dict) and shards, f"{index} has no weight_map from tensors to files")
-    for shard in sorted(set(map(str, shards.values()))):
-        inside = folder / shard in folder.glob("*.safetensors")
-        require(inside, f"{index} names {shard!r:.80}, and no *.safetensors beside it is called so: download it again")
-        part = read_header(folder / shard)
-        twice = sorted(part.keys() & entries.keys())
-        require(not twice, f"{folder / shard} repeats tensors of another shard: {twice[:3]!s:.200}")
-        entries |= part
-    return entries
-
-
-def read_header(path: Path) -> dict:
-    """The tensors of one file. A long header in a small file is refused: parsed, it would take far more memory."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    fits = length <= max(2**20, path.stat().st_size // 16)
-    require(fits, f"{path} is cut off, altered, or no safetensors file: its header would have {length:,} bytes")
-    try:
-        file = safe_open(path, "pt")
-        entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut off, altered, or no safetensors file: {one_line(error)}") from None
-    other = {name: stored.get_dtype() for name, stored in entries.items() if stored.get_dtype() not in DTYPES}
-    require(not other, f"{path} has {str(other)[:120]}; expected {', '.join(DTYPES)}")
-    return entries
-
-
-def copy(part, stored):
-    """Copy a tensor of a file into a weight, (n,) or (n, m), about a million numbers at a time."""
-    step = 2**20 // part[0].numel() + 1
-    for start in range(0, len(part), step):
-        part[start : start + step].copy_(stored[start : start + step])
-
-
-def pieces(model, name: str):
-    """The tensors of a family's checkpoint, and the part of our weights that each of them is: yields (name, view)."""
-    for path, weight in model.named_parameters():
-        layer, ours = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", path).groups()
-        prefix, theirs = "" if layer is None else f"model.layers.{layer}.", FAMILIES[name][0][ours]
-        for e, matrix in enumerate(weight.detach() if weight.dim() == 3 else [weight.detach()]):
-            for each, part in zip(theirs, matrix.chunk(len(theirs)), strict=True):  # (2F, D) -> (F, D) twice
-                yield f"{prefix}{each.format(e=e)}.weight", part
-
-
-def read_config(raw: dict, path):
-    """What config.json says -> (family, MoEConfig, dtype). ValueError that names a key that we cannot compute."""
-    name, raw = str(raw.get("model_type")), dict(raw)
-    require(name in FAMILIES, f"{path}: model_type is {name:.60}; known are {', '.join(FAMILIES)}")
-    for key in ("rope_scaling", "rope_parameters"):
-        if isinstance(raw.get(key), dict):
-            rope = {"rope_type" if k == "type" else k: v for k, v in raw[key].items()}
-            raw |= {f"{key}.rope_theta": rope.pop("rope_theta", None), key: rope or None}
-
-    def get(kind, keys, default=..., low=None, high=None):
-        """The value of one of these keys, or of several that agree."""
-        found = {key: raw[key] for key in keys.split() if raw.get(key) is not None}
-        require(found or default is not ..., f"{path} has no {' or '.join(keys.split())}")
-        low, high = SPANS[kind][0] if low is None else low, high or SPANS[kind][1]
-        for key, value in found.items():
-            fits = type(value) in ((int, float) if kind is float else (kind,)) and low <= value <= high
-            require(fits, f"{path}: {key} is {value!r:.60}; expected {kind.__name__} from {low} to {high}")
-        require(len(set(found.values())) <= 1, f"{path} contradicts itself: {found}")
-        return kind(next(iter(found.values()))) if found else default
-
-    default, high = OPTIONAL | {"rope_theta": FAMILIES[name][2]}, {"n_layers": 256, "context": 2**30}
-    kinds = {field: (get_args(hint) or [hint])[0] for field, hint in get_type_hints(MoEConfig).items()}
-    c = {f: get(kinds[f], keys, default.get(f, ...), high=high.get(f)) for f, keys in KEYS.items()}
-    L, only = c["n_layers"], raw.get("mlp_only_layers") or []
-    for key, value in (NEUTRAL | {"layer_types": ["full_attention"] * L}).items():
-        require(raw.get(key) in (None, value), f"{path}: {key} is {raw.get(key)!r:.80}; we only compute {value!r:.60}")
-    window = get(int, "sliding_window", None, high=2**30) if raw.get("use_sliding_window", True) else None
-    require(window is None or window >= c["context"], f"{path}: sliding_window {window} is below the context")
-    every, step = (get(int, key, 1) for key in ("moe_layer_freq", "decoder_sparse_step"))
-    first, shared = (get(int, key, 0, low=0) for key in ("first_k_dense_replace", "n_shared_experts"))
-    inside = isinstance(only, list) and all(layer in range(L) for layer in only)
-    require(inside, f"{path}: mlp_only_layers is {only!r:.60}; expected some of the layers 0 to {L - 1}")
-    c["dense_layers"] = [i for i in range(L) if i < first or i % every or (i + 1) % step or i in only]
-    c["d_expert"] = get(int, "moe_intermediate_size", None) or get(int, "intermediate_size")
-    c["d_dense"], c["d_shared"] = get(int, "intermediate_size", None), shared * c["d_expert"]
-    divided = name != "deepseek" or c["top_k"] > 1  # DeepSeek's code never divides a single weight by itself
-    c["norm_topk"] = name == "mixtral" or (c["norm_topk"] and divided)
-    try:
-        return name, MoEConfig(**c, qk_norm=FAMILIES[name][1]), raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def check(model, name: str, entries: dict, folder):
-    """ValueError that names the first few tensors that are missing, misshapen or not used, if there are any."""
-    left, wrong = dict(entries), []
-    for tensor, part in pieces(model, name):
-        stored, shape = left.pop(tensor, None), [*part.shape]
-        found = "missing" if stored is None else stored.get_shape()
-        if found != shape:
-            wrong.append(f"{tensor}: {found!s:.60}, expected {shape}")
-        if len(wrong) > 3:  # at once: the model may be far larger than the files
-            break
-    else:  # some old files keep the rotary frequencies, which follow from rope_theta
-        wrong += [f"{tensor!r:.80}: not used by {name}" for tensor in left if not tensor.endswith(".inv_freq")]
-    require(not wrong, f"{folder} does not fit its config.json: {'; '.join(wrong[:3])}{' ...' * (len(wrong) > 3)}")
-
-
-def room(device="cpu") -> float:
-    """Free bytes on a device; infinity where that cannot be told."""
-    kind, there = str(device).split(":")[0], {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    require(kind == "cpu" or there.get(kind, bool)(), f"this machine (or this build of torch) has no device {device}")
-    if kind == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    numbers = re.findall(r"MemAvailable: +(\d+)", free.read_text()) if free.is_file() else []
-    limit = container.read_text().strip() if container.is_file() else ""
-    return min([*(int(n) * 1024 for n in numbers), *([int(limit)] if limit.isdigit() else []), math.inf])
-
-
-def read_tokenizer(folder: Path, vocab_size: int):
-    """tokenizer.json -> a Tokenizer of the library tokenizers; None if there is none. ValueError if it does not fit."""
-    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    try:
-        from tokenizers import Tokenizer, processors  # an extra
-
-        tokenizer = Tokenizer.from_file(str(path))
-    except ImportError:
-        raise ValueError(f"{path} needs the library tokenizers: pip install tokenizers") from None
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no readable tokenizer: {one_line(error)}") from None
-    n, raw = tokenizer.get_vocab_size(), read_json(settings) if settings.is_file() else {}
-    require(n <= vocab_size, f"{path} has {n} tokens, the model only {vocab_size}")
-    bos = str(bos.get("content") if isinstance(bos := raw.get("bos_token"), dict) else bos)
-    if raw.get("add_bos_token") is True and (first := tokenizer.token_to_id(bos)) is not None:  # begins every text
-        tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, first)])
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        model = MoETransformer(config).to(getattr(torch, dtype))
+    return name, model, dtype
 
 
 def save(model, path):
-    """Write a model as a new folder, whole or not at all, which `load` opens and, but for deepseek, transformers, too.
+    """Write a model as a new folder, which `load` opens, and but for deepseek transformers, too.
 
-    Dropout is left out. ValueError, with the reason, for what no family can express."""
-    path, (name, settings) = Path(path), express(model)
+    It is written whole or not at all. Dropout is left out. ValueError, with the reason, for what no
+    family can express.
+    """
+    path = Path(path)
+    name, raw = write_config(model)
     require(not path.exists(), f"{path} is there already; name a new folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as outer:
-            folder = Path(outer, path.name)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            folder = Path(temporary, path.name)
             folder.mkdir()
-            (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-            save_file(dict(pieces(model, name)), weights := folder / "model.safetensors", {"format": "pt"})
-            weights.chmod((folder / "config.json").stat().st_mode)  # the library lets nobody else read it
+            config, weights = folder / "config.json", folder / "model.safetensors"
+            config.write_text(json.dumps(raw, indent=2), encoding="utf-8")
+            save_file(dict(pieces(model, name)), weights, {"format": "pt"})
+            weights.chmod(config.stat().st_mode)  # the library lets nobody else read it
             folder.replace(path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {one_line(error)}") from error
 
 
-def express(model):
-    """The family that a model belongs to, and its config.json -> (name, dict). ValueError where there is none."""
-    c, sparse = model.config, [module for module in model.modules() if isinstance(module, MoE)]
-    parts = {type(model), *(type(part) for layer in sparse for part in (layer.router, layer.experts))}
-    other = sorted(kind.__name__ for kind in parts - {MoETransformer, Router, Experts})
-    require(not other, f"no family of the hub computes {', '.join(other)}")
-    simple = c.norm_topk and not c.d_shared and not c.dense_layers
-    name = {"full": "olmoe", "head": "qwen3_moe", "none": "mixtral" if simple else "deepseek"}[c.qk_norm]
-    widths = {"moe_intermediate_size": c.d_expert, "intermediate_size": c.d_dense}
-    first = {"first_k_dense_replace": len(c.dense_layers), "n_shared_experts": c.d_shared // c.d_expert}
-    own = {
-        "olmoe": {"intermediate_size": c.d_expert, "clip_qkv": c.clip_qkv},
-        "mixtral": {"intermediate_size": c.d_expert, "head_dim": c.head_dim, "num_local_experts": c.n_experts},
-        "qwen3_moe": {**widths, "head_dim": c.head_dim, "mlp_only_layers": list(c.dense_layers)},
-        "deepseek": {**widths, **first, "n_routed_experts": c.n_experts},
-    }
-    settings = {k.split()[0]: getattr(c, f) for f, k in KEYS.items() if f not in ("clip_qkv", "head_dim")} | own[name]
-    class_name = name.title().replace("_", "") + "ForCausalLM"  # qwen3_moe -> Qwen3MoeForCausalLM
-    settings |= {"model_type": name, "architectures": [class_name], "hidden_act": "silu"}
-    settings |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    settings["dtype"] = str(model.embedding.weight.dtype).removeprefix("torch.")
-    back, same = vars(read_config(settings, "config.json")[1]), ("dropout", *(() if c.dense_layers else ("d_dense",)))
-    lost = {field: value for field, value in vars(c).items() if back[field] != value and field not in same}
-    require(not lost, f"with qk_norm {c.qk_norm!r} this would be {name}, which cannot have {lost}")
-    return name, settings
-
-
 def describe(source) -> str:
-    """What a checkpoint is: family, sizes, parameters, tensors, memory; on the hub, from its config.json alone."""
+    """What a checkpoint is, and whether it fits; on the hub, from its config.json alone."""
     folder = fetch(source, ABOUT)
     name, model, stored = plan(folder)
-    c, n, free, tensors = model.config, model.n_params(), room(), "on the hub"
+    tensors = "on the hub"
     if Path(source).is_dir():
         entries = read_entries(folder)
-        check(model, name, entries, folder)
+        require_tensors(pieces(model, name), entries, folder, name)
         tensors = f"{len(entries):,}: all, and no others"
+
+    c, n, free = model.config, model.n_params(), room()
+    memory = {}
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        verdict = "fits" if n * size <= free else "too large"
+        memory[dtype] = f"{n * size / 1e9:,.2f} GB: {verdict}"
+    sizes = f"width {c.d_model:,}, vocabulary {c.vocab_size:,}, context {c.context:,}"
+    dense = f"{len(c.dense_layers)} of them dense"
+    shared = f"shared width {c.d_shared:,}"
     rows = {
-        "family": f"{name}, saved in {stored}; width {c.d_model:,}, vocabulary {c.vocab_size:,}, context {c.context:,}",
-        "layers": f"{c.n_layers}, {len(c.dense_layers)} of them dense; {c.n_heads} heads of {c.head_dim}",
-        "experts": f"{c.n_experts} of width {c.d_expert:,}, top {c.top_k}; shared width {c.d_shared:,}",
+        "family": f"{name}, saved in {stored}; {sizes}",
+        "layers": f"{c.n_layers}, {dense}; {c.n_heads} heads of {c.head_dim}",
+        "experts": f"{c.n_experts} of width {c.d_expert:,}, top {c.top_k}; {shared}",
         "parameters": f"{n:,} in all, {model.n_params(activated=True):,} activated for a token",
         "tensors": tensors,
-        "bfloat16": f"{n * 2 / 1e9:,.2f} GB: {'fits' if n * 2 <= free else 'too large'}",
-        "float32": f"{n * 4 / 1e9:,.2f} GB: {'fits' if n * 4 <= free else 'too large'}; {free / 1e9:,.2f} GB are free",
+        "bfloat16": memory["bfloat16"],
+        "float32": f"{memory['float32']}; {free / 1e9:,.2f} GB are free",
     }
     return "\n".join(f"{label:12}{text}" for label, text in rows.items())
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] in (["-h"], ["--help"]):
-        sys.exit(print(__doc__))
+def main(argv) -> int:
+    """`python hf.py PATH_OR_REPO` -> the exit code."""
+    if argv in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
+    if len(argv) != 1:
+        print("hf.py: usage: python hf.py PATH_OR_REPO", file=sys.stderr)
+        return 2
     try:
-        require(len(sys.argv) == 2, "usage: python hf.py PATH_OR_REPO")
-        print(describe(sys.argv[1]))
+        print(describe(argv[0]))
     except (ValueError, OSError) as error:
         print(f"hf.py: {error}", file=sys.stderr)
-        sys.exit(1 if len(sys.argv) == 2 else 2)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

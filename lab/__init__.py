@@ -1,1 +1,1 @@
-"""What the experiments need around the models: command lines, run folders, figures, statistics, speed."""
+"""What experiments need around the models: tools, scores, both papers, checkpoints, speed."""

@@ -29,7 +29,7 @@ class Neighbours(NamedTuple):
         """The neighbours of some of the prompts, on a device."""
         pathways = self.pathways.to(device)
         index, weight, usable = (column[rows].to(device) for column in self[:3])
-        return Neighbours(index, weight, usable, pathways)
+        return Neighbours(index, weight.to(pathways), usable, pathways)
 
 
 @torch.no_grad()

@@ -1,14 +1,22 @@
-"""The plain form of what the repository computes fast: one token at a time, from the equations.
+"""Every idea of this repository in its plainest form: one token at a time, from the equations.
 
-The tests compare both. At the end stands what several of them share.
+Read it like a text. The fast forms in moe.py, cartesian.py and remix.py are tested against it.
+
+    expert, route, moe_layer       a mixture-of-experts layer
+    cartesian_block                two of them, one after the other
+    answer_along                   a full forward pass along an imposed pathway
+    neighbour_loss                 how badly the neighbours are answered along it
+    ngd, kernel_regression,        the three methods of C3PO, for one prompt
+    mode_finding
 """
 
+import math
 from dataclasses import asdict
 
 import torch
 
 from lab.composing.presets import PRESETS, build_model
-from moe import MoEConfig
+from moe import Imposed, MoEConfig
 
 
 def expert(gate_up, down, z):
@@ -23,10 +31,21 @@ def rms_norm(norm, x):
     return norm.weight * x / (x.square().mean() + norm.eps).sqrt()
 
 
-def route(router, z):
+def softmax(logits):
+    """Numbers -> probabilities."""
+    scores = logits.exp()
+    return scores / scores.sum()
+
+
+def sigmoid(logits):
+    """Numbers -> probabilities, as DeepSeek-V3 scores its experts."""
+    scores = 1 / (1 + (-logits).exp())
+    return scores / scores.sum()
+
+
+def route(router, z, scores=softmax):
     """The experts that one token z (D,) visits: [(weight, expert)], best first."""
-    scores = (router.weight @ z).exp()
-    probs = scores / scores.sum()
+    probs = scores(router.weight @ z)
     order = sorted(range(len(probs)), key=lambda e: -probs[e])
     return [(probs[e], e) for e in order[: router.top_k]]
 
@@ -48,6 +67,67 @@ def cartesian_block(block, x):
     x = x + moe_layer(A, rms_norm(norm_A, x))
     x = x + moe_layer(B, rms_norm(norm_B, x))
     return x
+
+
+# ---- C3PO, for one prompt. Pathways w are (R, E): a row for each router.
+
+
+def answer_along(model, prompt, w=None):
+    """A full forward pass of one prompt (T,) -> logits (V,), and the pathway (R, E) it took.
+
+    w: a pathway to impose at the last token; None: the model's own.
+    """
+    imposed = None
+    if w is not None:
+        rows = {router: row[None] for router, row in enumerate(w)}
+        imposed = Imposed(rows)
+    out = model(prompt[None], imposed=imposed)
+    pathway = torch.stack([routing.probs[-1] for routing in out.routing])
+    return out.logits[0, -1], pathway
+
+
+def neighbour_loss(model, w, prompts, labels, weights):
+    """sum_i K_i CE(f(x_i; w), y_i): full forward passes of the neighbours along w."""
+    loss = 0.0
+    for prompt, label, weight in zip(prompts, labels, weights, strict=True):
+        logits, _ = answer_along(model, prompt, w)
+        loss = loss - weight * logits.log_softmax(0)[label]
+    return loss
+
+
+def ngd(w, loss, steps, lr):
+    """Neighbourhood gradient descent on logits z, w = softmax(z); the best pathway comes back."""
+    z = w.log()
+    best, least = w, math.inf
+    for step in range(steps + 1):
+        z = z.detach().requires_grad_()
+        value = loss(z.softmax(-1))
+        if value < least:
+            best, least = z.softmax(-1).detach(), value.item()
+        (gradient,) = torch.autograd.grad(value, z)
+        cosine = (1 + math.cos(math.pi * step / steps)) / 2
+        rate = lr * (0.001 + 0.999 * cosine)
+        z = z - rate * gradient / gradient.norm()
+    return best
+
+
+def kernel_regression(w, mean, loss):
+    """Of eleven mixtures of the own pathway and the neighbours' mean, the one of least loss."""
+    mixtures = [(1 - share / 10) * w + share / 10 * mean for share in range(11)]
+    return min(mixtures, key=loss)
+
+
+def mode_finding(w, others, k, steps, alpha):
+    """Walk towards the pathways (m, R, E) that are near, by a Gaussian kernel."""
+    for _ in range(steps):
+        distance = torch.stack([(w - other).norm() for other in others])
+        near = distance.argsort()[:k]
+        sigma = distance[near].median()
+        weight = torch.exp(-((distance[near] / sigma) ** 2) / 2)
+        weight = weight / weight.sum()
+        mean = sum(share * others[i] for share, i in zip(weight, near, strict=True))
+        w = alpha * w + (1 - alpha) * mean
+    return w
 
 
 # ---- what tests share

@@ -1,28 +1,34 @@
-"""C3PO: what may change at test time, and what may not; the exact form beside full forwards; each surrogate by hand."""
+"""C3PO: what may change at test time, and what may not; every method beside its plain form."""
 
-import itertools
 import math
 from dataclasses import replace
 
-import numpy as np
+import by_hand
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from test_moe import LENGTHS, ROWS, VARIANTS, E, V, close, pathway, prompts, tiny
+from by_hand import answer_along, close
+from test_moe import VARIANTS, E, V, tiny
 
-import remix as c3po
-from moe import Cache, Experts, MoE, MoETransformer, Remix, Router
-from remix import ReferenceSet, RemixConfig, Tail, critical_layers, find, padded, remix
+from moe import Experts, Imposed, MoE, MoETransformer, Router
+from pathways import (
+    Prefixes,
+    ReferenceSet,
+    Tail,
+    critical_layers,
+    find_neighbours,
+    frozen,
+    kernel,
+    near_copies,
+    padded,
+    similarity,
+)
+from remix import RemixConfig, core_experts, kernel_regression, mode_finding, ngd, remix
 
-METHODS = ["mode_finding", "kernel_regression", "ngd", "oracle"]
-CASES = "default all 012; norm-topk 0,2 02; grouped-query last:1 2; dense-layers first:1 0; dense-layers all 01; "
-CASES += "shared middle:1 1; top-all last:2 12; two-routers 0,2 0145"  # variant, critical layers, their routers
-
-
-def every(names, *values):
-    """A test for every combination."""
-    return pytest.mark.parametrize(names, list(itertools.product(*values)))
+METHODS = ["ngd", "kernel_regression", "mode_finding"]
+methods = pytest.mark.parametrize("method", METHODS)
+N_ROUTERS = 3
 
 
 class TwoRouters(MoETransformer):
@@ -32,330 +38,529 @@ class TwoRouters(MoETransformer):
         return [MoE(Router(self.config), Experts(self.config)) for _ in range(2)]
 
 
-def build(name="default", **changes):
-    """One of VARIANTS, or a model with two routers in a block."""
-    model = TwoRouters(tiny().config).double() if name == "two-routers" else tiny(**VARIANTS[name] | changes)
-    for decided in (*model.routers(), model.unembedding):
-        torch.nn.init.normal_(decided.weight, std=0.5)
+def make_model(variant="default", **changes):
+    """A small model of a variant, or with two routers in a block, with decided routers."""
+    if variant == "two-routers":
+        model = TwoRouters(tiny().config).double()
+    else:
+        model = tiny(**VARIANTS[variant] | changes)
+    for module in (*model.routers(), model.unembedding):
+        torch.nn.init.normal_(module.weight, std=0.5)
     return model.eval()
 
 
-def world(name="default", token="last", **changes):
-    """A model, twelve references of which it answers nine right, and five other prompts, of one to five tokens."""
-    model, size = build(name, **changes), 4 if token == "all" else None
-    known = [torch.randint(1, V, (size or 2 + i % 6,)) for i in range(12)]
-    asked = [F.pad(torch.randint(V, ((size or i) - 1,)), (1, 0)) for i in range(1, 6)]  # start with 0: new
-    tokens, lengths = padded(known, V)
-    labels = model(tokens, valid=torch.arange(tokens.shape[1]) < lengths[:, None]).logits.argmax(2)
-    labels = (labels[range(12), lengths - 1] + torch.tensor([1, 0, 0, 0] * 3)) % V
-    return model, ReferenceSet.build(model, known, labels, token=token), asked
+def world(token="last", **changes):
+    """A model, twelve references of which it answers nine right, five other prompts of 1 to 5."""
+    model = make_model(**changes)
+    solved, asked = [], []
+    for i in range(12):
+        length = 4 if token == "all" else 2 + i % 6
+        solved.append(torch.randint(1, V, (length,)))
+    for i in range(1, 6):
+        length = 4 if token == "all" else i
+        prompt = torch.randint(V, (length,))
+        prompt[0] = 0  # no reference starts so
+        asked.append(prompt)
+    labels = torch.stack([answer_along(model, prompt)[0].argmax() for prompt in solved])
+    labels[::4] = (labels[::4] + 1) % V  # three are answered wrong
+    return model, ReferenceSet.build(model, solved, labels, token=token), asked
 
 
-def run(model, references, asked, method="ngd", steps=3, **changes):
-    """remix; the oracle is told that the last token of a prompt follows once more."""
-    labels = torch.stack([row[-1] for row in asked]) if method == "oracle" else None
-    return remix(model, asked, references, method=method, labels=labels, steps=steps, **changes)
+def prompts_of(references):
+    """The prompts of a reference set without padding."""
+    rows = zip(references.tokens, references.lengths, strict=True)
+    return [row[:length] for row, length in rows]
 
 
-def naive(model, row, routers, token="last", w=None):
-    """A full forward: logits (V,) after one prompt (T,), and rows (R, E) of routers at a token, where w is imposed."""
-    T, at = len(row), torch.arange(len(row))
-    at = at == {"last": T - 1, "middle": T // 2, "first": 0, "all": at}[token]
-    parts = () if w is None else w.view(1, -1, len(routers), E).expand(1, T, -1, -1).unbind(2)  # (1, T, E) for each
-    out = model(row[None], remix=Remix(dict(zip(routers, parts, strict=True)), at[None]) if parts else None)
-    return out.logits[0, -1], torch.stack([out.routing[r].probs[at] for r in routers], 1).flatten(0, 1)
+def full_forward(model, prompt, routers, at, w=None):
+    """A forward pass of one prompt (T,): logits (V,), and rows of routers at some tokens."""
+    T = len(prompt)
+    imposed = None
+    if w is not None:
+        rows = w.view(1, -1, len(routers), E).expand(1, T, -1, -1).unbind(2)
+        imposed = Imposed(dict(zip(routers, rows, strict=True)), at[None])
+    out = model(prompt[None], imposed=imposed)
+    pathway = torch.stack([out.routing[router].probs[at] for router in routers], 1)
+    return out.logits[0, -1], pathway.flatten(0, 1)
 
 
-@every(("case", "token"), CASES.split("; "), ["last", "middle", "first", "all"])
-def test_exact_form(case, token):
-    """From the imposed token on, through the layers from the first critical one up: that gives the logits and the
-    gradients of full forwards. Without a pathway it is the model's own, and to impose that one changes nothing."""
-    name, layers, routers = case.split()
-    model, tokens, routers = build(name), prompts()[0], [*map(int, routers)]
+# ---- the exact form
+
+
+@pytest.mark.parametrize("token", ["last", "middle", "first", "all"])
+@pytest.mark.parametrize(
+    ("variant", "layers", "routers"),
+    [
+        ("default", "all", [0, 1, 2]),
+        ("norm-topk", "0,2", [0, 2]),
+        ("grouped-query", "last:1", [2]),
+        ("dense-layers", "first:1", [0]),
+        ("shared", "middle:1", [1]),
+        ("top-all", "last:2", [1, 2]),
+        ("two-routers", "0,2", [0, 1, 4, 5]),
+    ],
+)
+def test_tail_is_exact(variant, layers, routers, token):
+    """One token through the layers above gives the logits and gradients of full forwards."""
+    model = make_model(variant)
     lengths = torch.tensor([7, 7, 7] if token == "all" else [1, 7, 4])
-    tail, cut = Tail(model, critical_layers(model, layers), token), [tokens[i, :n] for i, n in enumerate(lengths)]
-    own, logits = tail.base(prefix := tail.cut(tokens, lengths))
+    tokens = torch.randint(V, (3, 7))
+    tail = Tail(model, critical_layers(model, layers), token)
+    prefix = tail.cut(tokens, lengths)
+    own, logits = tail.own(prefix)
+    # To impose nothing, or the model's own pathway, changes nothing.
     close((tail(prefix), tail(prefix, own)), (logits, logits))
+    # Another pathway: the same logits, the same gradients.
     w = torch.randn_like(own).softmax(-1).requires_grad_()
-    found, full = tail(prefix, w), torch.stack([naive(model, cut[i], routers, token, w[i])[0] for i in ROWS])
-    (found_gradient,), (gradient,) = (torch.autograd.grad(each, w, logits) for each in (found, full))
-    close((found, found_gradient), (full, gradient), 1e-9)
-    assert token != "last" or (gradient.abs().amax(2) > 1e-6).all()
-    for i, row in enumerate(cut):
-        close((logits[i], own[i]), naive(model, row, routers, token))
+    full = []
+    for i, length in enumerate(lengths):
+        prompt = tokens[i, :length]
+        place = {"last": length - 1, "middle": length // 2, "first": 0}.get(token)
+        at = torch.ones(length, dtype=torch.bool)
+        if place is not None:
+            at = torch.arange(length) == place
+        full.append(full_forward(model, prompt, routers, at, w[i])[0])
+        close((logits[i], own[i]), full_forward(model, prompt, routers, at))
+    full, short = torch.stack(full), tail(prefix, w)
+    (expected,) = torch.autograd.grad(full, w, logits)
+    (gradient,) = torch.autograd.grad(short, w, logits)
+    close((short, gradient), (full, expected), 1e-9)
 
 
-@every(("case", "method"), ["default last 0,2 02", "two-routers last last:2 2345", "default all 1 1"], METHODS)
-def test_result(case, method):
-    """Full forwards along the pathway that comes back say what comes back. No steps, no change. The oracle gains."""
-    name, token, layers, routers = case.split()
-    (model, references, asked), routers = world(name, token), [*map(int, routers)]
-    result = run(model, references, asked, method, token=token, layers=layers)
-    for w, logits in ((result.pathway, result.logits), (result.pathway_before, result.logits_before)):
-        close(logits, torch.stack([naive(model, row, routers, token, w[i])[0] for i, row in enumerate(asked)]))
+@methods
+def test_result_is_what_full_forwards_say(method):
+    """Full forwards along the pathways that come back give the logits that come back."""
+    model, references, asked = world()
+    result = remix(model, asked, references, method=method, steps=3)
+    for i, prompt in enumerate(asked):
+        close(result.logits[i], answer_along(model, prompt, result.pathway[i])[0])
+        own = answer_along(model, prompt)
+        close((result.logits_before[i], result.pathway_before[i]), own)
     assert (result.pathway - result.pathway_before).abs().amax() > 1e-3
-    if method == "oracle":
-        before, after = (each.log_softmax(1)[range(5), [row[-1] for row in asked]] for each in result[2:4])
-        close((-before, -after), (result.losses[:, 0], result.losses.amin(1)))
-        assert (after > before + 0.01).all() and result.neighbours is None
-    still = run(model, references, asked, method, 0, token=token, layers=layers)
-    assert method == "kernel_regression" or torch.equal(still.pathway, result.pathway_before)
 
 
-@every(("how", "among"), ["ngd", "kernel_regression", "kernel_regression one-expert"], ["vocabulary", "options"])
-def test_neighbours_are_answered_better(how, among):
-    """The best pathway tried comes back, never worse than the model's own: full forwards over the neighbours agree."""
-    model, r, asked = world(**{"top_k": 1, "norm_topk": True} if "one" in how else {})
-    r.options = (r.labels[:, None] + torch.arange(V if among == "vocabulary" else 2)) % V  # the label comes first
-    result = run(model, r, asked, how.split()[0], k=2, loss=among)
-    before, after = result.losses[:, 0], result.losses.amin(1)
-    for i, (index, weight) in enumerate(zip(*result.neighbours[:2], strict=True)):
-        for w, loss in ((result.pathway_before[i], before[i]), (result.pathway[i], after[i])):
-            logits = [naive(model, r.tokens[j, : r.lengths[j]], range(3), w=w)[0][r.options[j]] for j in index]
-            close((weight * -torch.stack(logits).log_softmax(1)[:, 0]).sum(), loss, 1e-9)
-    assert (after <= before).all() and (after < 0.9 * before).any()
+# ---- each method beside its plain form
 
 
-@every(("how", "core"), [*METHODS, "ngd raw", "ngd plain", "ngd raw plain"], [None, 1, 3])
-def test_rows_are_distributions(how, core):
-    """Every imposed row is a distribution. Core experts share out what they had together; all others keep theirs."""
-    changes = ({"space": "raw"} if "raw" in how else {}) | ({"rule": "plain", "lr": 50.0} if "plain" in how else {})
-    before, after = run(*world(), how.split()[0], core=core, layers="last:2", **changes)[:2]
-    inside = before >= before.topk(core or E).values[..., -1:]  # (n, R, E)
-    close((after.sum(2), (after * inside).sum(2)), (before.sum(2) * 0 + 1, (before * inside).sum(2)))
-    assert (after >= 0).all() and torch.equal(after[~inside], before[~inside])
-    assert ((after - before).abs().amax() > 1e-3) == (core != 1)  # one expert alone has nobody to share with
+def setting():
+    """One prompt, its neighbours and the pathways of all references, by full forwards."""
+    model, references, asked = world()
+    result = remix(model, asked[2:3], references, method="mode_finding", steps=0, k=2)
+    near = result.neighbours
+    prompts = [prompts_of(references)[i] for i in near.index[0]]
+    labels = references.labels[near.index[0]]
+
+    def loss(w):
+        return by_hand.neighbour_loss(model, w, prompts, labels, near.weight[0])
+
+    return model, references, asked[2:3], near, loss
 
 
-def test_kernels():
-    """Each kernel at distances 1, 2, 4 by its formula: the width is the median of those who are there, the sum is 1."""
-    distance, cosine = torch.tensor([[1.0, 2.0, 4.0, torch.inf]]), torch.tensor([[0.5, 0.0, -1.0, 0.9]])
-    gaussian = [math.exp(-(r**2) / 2) for r in (0.5, 1, 2)]
-    matern = [(1 + math.sqrt(3) * r) * math.exp(-math.sqrt(3) * r) for r in (0.5, 1, 2)]
-    expected = {"gaussian": gaussian, "matern": matern, "polynomial": [2.25, 1, 0], "linear": [1, 0, 0]}
-    for name, weights in expected.items():
-        close(c3po.kernel(name, distance, cosine), torch.tensor([[*weights, 0]]) / sum(weights), 1e-6)
-    close(c3po.kernel("gaussian", distance, cosine, 4.0)[0, :2].log().diff().item(), -3 / 32, 1e-6)
-    for edge, weight in ((0.0, 0.5), (torch.inf, 0.0)):  # all at the sample's place; nobody
-        assert c3po.kernel("gaussian", torch.full((1, 2), edge), cosine[:, :2]).tolist() == [[weight, weight]]
+def test_ngd_by_hand():
+    """NGD equals gradient descent through full forwards of the neighbours."""
+    model, references, asked, _, loss = setting()
+    result = remix(model, asked, references, method="ngd", steps=4, lr=0.3, k=2)
+    expected = by_hand.ngd(result.pathway_before[0], loss, steps=4, lr=0.3)
+    close(result.pathway[0], expected, 1e-8)
+    assert result.losses.shape == (1, 5)
+    close(result.losses.amin(), loss(expected), 1e-8)
+    assert result.losses.amin() < result.losses[0, 0]
+
+
+def test_kernel_regression_by_hand():
+    """Kernel regression equals the search over eleven mixtures by full forwards."""
+    model, references, asked, near, loss = setting()
+    result = remix(model, asked, references, method="kernel_regression", k=2)
+    own = result.pathway_before[0]
+    neighbours = references.pathways[near.index[0], 0]  # (k, R, E)
+    mean = (near.weight[0, :, None, None] * neighbours).sum(0)
+    close(result.pathway[0], by_hand.kernel_regression(own, mean, loss), 1e-8)
+    assert result.losses.shape == (1, 11)
 
 
 def test_mode_finding_by_hand():
-    """From (0.5, 0.5), the two nearest of four are (0.7, 0.3) and (0.2, 0.8), at squared distances 0.08 and 0.18. With
-    2 sigma^2 = 0.1 / ln 3 they weigh 3 to 1, so their mean is 0.75 * 0.7 + 0.25 * 0.2 = 0.575; half of it is taken."""
-    others = torch.tensor([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.0, 1.0]], dtype=torch.float64)[:, None]  # (4, 1, 2)
-    core, everyone = c3po.core_experts(torch.full((1, 1, 2), 0.5).double()), torch.ones(1, 4, dtype=torch.bool)
-    config = RemixConfig(k=2, steps=1, sigma=math.sqrt(0.05 / math.log(3)))
-    close(c3po.mode_finding(core, others, everyone, config)[0, 0, 0].item(), 0.5375)
-    for allowed, goal in ((everyone, 0.7), (torch.tensor([[True, False, False, False]]), 0.9)):  # the nearest alone:
-        found = c3po.mode_finding(core, others, allowed, replace(config, k=1, steps=3))  # half the way, half the rest
-        close(found[0, 0].tolist(), [goal - (goal - 0.5) / 8, 1 - goal + (goal - 0.5) / 8])
+    """Mode finding equals the walk among the usable pathways, one prompt at a time."""
+    model, references, asked, near, _ = setting()
+    result = remix(model, asked, references, method="mode_finding", k=2, steps=3, alpha=0.4)
+    others = references.pathways[near.usable[0], 0]
+    expected = by_hand.mode_finding(result.pathway_before[0], others, k=2, steps=3, alpha=0.4)
+    close(result.pathway[0], expected, 1e-8)
+    assert result.losses.shape == (1, 0)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_kernel_regression_by_hand(alpha):
-    """If the neighbours are answered best with 3 tenths of the sample's own row and 7 of theirs, that it is."""
-    own, mean = torch.rand(2, 3, 2, 4, dtype=torch.float64).softmax(-1)
-    target = alpha * own + (1 - alpha) * mean
-    w, losses = c3po.kernel_regression(c3po.core_experts(own), mean, lambda w: (w - target).square().sum((-1, -2)))
-    close((w, losses), (target, torch.stack([(own - target).square().sum((1, 2)), torch.zeros(3)], 1)))
-
-
-@every(("rule", "space", "core"), ["normed", "plain"], ["logits", "raw"], [None, 2])
-def test_ngd_by_hand(rule, space, core):
-    """Descent on |w - target|^2 equals a loop with the softmax's gradient written out, one sample at a time."""
-    start, target = torch.rand(2, 3, 2, 4, dtype=torch.float64).mul(3).softmax(-1)
-    config = RemixConfig(rule=rule, space=space, lr=0.4, steps=7)
-    best, losses = c3po.ngd(c3po.core_experts(start, core), lambda w: (w - target).square().sum((1, 2)), config)
-    for i, (w, goal) in enumerate(zip(start.numpy(), target.numpy(), strict=True)):
-        free, passed = w >= np.sort(w, 1)[:, [-(core or 4)]], []  # (R, E) the core experts
-        mass = (w * free).sum(1, keepdims=True)
-        for rate in [0.4 * (0.001 + 0.999 * (1 + math.cos(math.pi * step / 7)) / 2) for step in range(8)]:
-            passed.append((((w - goal) ** 2).sum(), w))
-            g = 2 * (w - goal)
-            g = free * w * (g - (free * w * g).sum(1, keepdims=True) / mass) if space == "logits" else g
-            g = rate * g / (np.linalg.norm(g) if rule == "normed" else 1)
-            moved = free * (w * np.exp(-g) if space == "logits" else np.maximum(w - g, 0))
-            w = np.where(free, mass * moved / moved.sum(1, keepdims=True), w)
-        np.testing.assert_allclose(losses[i], [loss for loss, _ in passed], atol=1e-12)
-        np.testing.assert_allclose(best[i], min(passed, key=lambda pair: pair[0])[1], atol=1e-12)
-    assert (losses.amin(1) < losses[:, 0]).all()
-
-
-def test_tfidf_by_hand():
-    """Prompts 1 3 1, and 2 1, and 3. Two of three hold 1, two hold 3, one holds 2; two end with 1; no pair is in two.
-    So as tokens they are (2a, 0, a), and (a, b, 0), and (0, 0, a), before each is scaled to length 1."""
-    (tokens, lengths), a, b = padded([[1, 3, 1], [2, 1], [3]], V), 1 + math.log(4 / 3), 1 + math.log(4 / 2)
-    norm, whole, parts = math.hypot, (tokens, lengths), [(tokens[i], lengths[i]) for i in (slice(1), slice(1, 3))]
-    for kind, expected in (
-        ("tfidf", [2 * a * a / (norm(2 * a, a) * norm(a, b)), a / norm(2 * a, a)]),
-        ("tfidf-places", [a * a / (norm(b, b, a) * norm(b, a)), 0]),
-        ("tfidf-bigrams", [2 * a * a / (norm(2 * a, a, b, b) * norm(a, b, b)), a / norm(2 * a, a, b, b)]),
-    ):
-        np.testing.assert_allclose(c3po.product(*c3po.tfidf(kind, *parts, whole)), [expected], atol=1e-12)
-
-
-@pytest.mark.parametrize("layer", [0, 2, None])
-@torch.no_grad()
-def test_embeddings(layer):
-    """Near can mean alike in the state of the last token as it enters a layer, or alike in the critical pathway."""
-    (model, r, asked), name = world(), "pathway" if layer is None else f"hidden:{layer}"
-    vectors = torch.from_numpy(np.concatenate(c3po.embed(Tail(model, [1, 2]), name, r, *padded(asked, V))))
-    for i, row in enumerate([*asked, *(r.tokens[i, :n] for i, n in enumerate(r.lengths))]):
-        state = naive(model, row, [1, 2])[1] if layer is None else model.run(model.embed(row[None]), last=layer)[0, -1]
-        close(vectors[i], F.normalize(state.flatten(), dim=0))
-
-
-def test_find_by_hand():
-    """A sample at 0 degrees of a circle, references at 10 (answered wrong), 20 (the same prompt), 30, 40, 50, ..."""
-    model, r, _ = world()
-    angle, question = torch.arange(10, 130, 10).deg2rad(), (r.tokens[1:2, : r.lengths[1]], r.lengths[1:2])
-    r = replace(r, correct=torch.arange(12) > 0, embeddings=torch.stack([angle.cos(), angle.sin()], 1))
-
-    def found(some=range(12), **changes):
-        config, allowed = RemixConfig(embedding="own", k=2, sigma=1.0), torch.tensor([[i in some for i in range(12)]])
-        return find(Tail(model, [0]), r, *question, replace(config, **changes), allowed, torch.tensor([[3.0, 0.0]]))
-
-    near, (a, b) = found(), (math.exp(math.cos(math.radians(d))) for d in (30, 40))  # squared distance: 2 - 2 cos
-    assert near.index.tolist() == [[2, 3]] and near.duplicates == 1 and near.allowed[0].nonzero()[0] == 2
-    close(near.weight[0].tolist(), [a / (a + b), b / (a + b)], 1e-6)
-    assert found(correct=False, duplicate=1.1).index.tolist() == [[0, 1]]
-    assert found((0, 1, 2, 5)).index.tolist() == [[2, 5]] and found((0, 1, 5)).index.tolist() == [[5, -1]]
-    for degrees, index in ((55, [2, 3, 4]), (35, [2]), (25, [-1])):
-        near = found(epsilon=2 * math.sin(math.radians(degrees) / 2))
-        assert near.index.tolist() == [index] and near.weight.sum().item() == pytest.approx(float(degrees > 25))
-
-
-@pytest.mark.parametrize("method", ["ngd", "kernel_regression", "mode_finding"])
-def test_nobody_near(method):
-    """A sample in whose ball nobody is keeps the model's pathway exactly, beside others that do not."""
+def test_a_surrogate_of_your_own():
+    """`method` also takes a function; gradients are on inside of it."""
     model, references, asked = world()
-    references.embeddings, own = torch.eye(13)[:12], torch.eye(13)[[12, 1, 12, 12, 12]]
-    result = run(model, references, asked, method, embedding="own", epsilon=1.0, embeddings=own, batch=2)
-    assert result.neighbours.index.tolist() == [[-1], [1], [-1], [-1], [-1]]
-    same = (result.pathway == result.pathway_before).flatten(1).all(1)
-    assert same[[0, 2, 3, 4]].all() and (method == "kernel_regression" or not same[1])
-    close(result.logits[same], result.logits_before[same])
+
+    def one_step(core, loss, near, config):
+        z = core.start.log().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(core.softmax(z)).sum(), z)
+        return core.softmax(z - 0.1 * gradient.sign())
+
+    result = remix(model, asked, references, method=one_step)
+    close(result.pathway.sum(-1), torch.ones(5, N_ROUTERS).double())
+    assert result.losses.shape == (5, 1)
+    assert (result.pathway != result.pathway_before).any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ngd", "kernel_regression"])
+def test_neighbours_are_answered_better(method):
+    """The best pathway tried comes back, never worse than the own one."""
+    model, references, asked = world()
+    result = remix(model, asked, references, method=method, k=2)
+    before, least = result.losses[:, 0], result.losses.amin(1)
+    assert (least <= before).all() and (least < 0.9 * before).any()
+
+
+def test_loss_over_options():
+    """With loss options, cross-entropy is over the options of each reference."""
+    model, references, asked = world()
+    references.options = (references.labels[:, None] + torch.arange(2)) % V
+    result = remix(model, asked, references, loss="options", k=2, steps=0)
+    prompts, near = prompts_of(references), result.neighbours
+    for i in range(len(asked)):
+        expected = 0.0
+        for j, weight in zip(near.index[i], near.weight[i], strict=True):
+            logits, _ = answer_along(model, prompts[j], result.pathway[i])
+            expected -= weight * logits[references.options[j]].log_softmax(0)[0]
+        close(result.losses[i, 0], expected, 1e-9)
+
+
+# ---- what may change
+
+
+@methods
+@pytest.mark.parametrize("core", [None, 1, 3])
+def test_rows_are_distributions(method, core):
+    """Core experts share what they had together; all others keep theirs."""
+    model, references, asked = world()
+    result = remix(model, asked, references, method=method, core=core, layers="last:2")
+    before, after = result.pathway_before, result.pathway
+    inside = before >= before.topk(core or E).values[..., -1:]  # (n, R, E)
+    close(after.sum(2), torch.ones_like(after.sum(2)))
+    close((after * inside).sum(2), (before * inside).sum(2))
+    assert (after >= 0).all() and torch.equal(after[~inside], before[~inside])
+    changed = (after - before).abs().amax() > 1e-3
+    assert changed == (core != 1)  # one expert alone has nobody to share with
+
+
+def test_rescaling_keeps_a_row_without_weight():
+    """Where all core weights are 0, the row stays."""
+    core = core_experts(torch.tensor([[[0.5, 0.2, 0.3]]]), 2)
+    assert torch.equal(core.rescale(torch.zeros(1, 1, 3)), core.start)
+
+
+@methods
+def test_no_steps_no_change(method):
+    """Without steps, or with nobody near, the pathway stays the model's own."""
+    model, references, asked = world()
+    if method != "kernel_regression":
+        still = remix(model, asked, references, method=method, steps=0)
+        assert torch.equal(still.pathway, still.pathway_before)
+    nobody = torch.zeros(5, 12, dtype=torch.bool)
+    alone = remix(model, asked, references, method=method, allowed=nobody)
+    assert (alone.neighbours.weight == 0).all()
+    if method != "mode_finding":
+        close(alone.pathway, alone.pathway_before)
+
+
+@methods
 def test_batches_do_not_matter(method):
-    """Each sample is re-mixed for itself: alone or among others, in any order, however many prefixes are kept."""
-    (model, r, asked), may, steps = world(), torch.rand(5, 12) < 0.8, 30 if method == "mode_finding" else 3
-    whole = run(model, r, asked, method, steps, k=2, allowed=may)  # in 30 steps, some come to rest before others
-    for batch, megabytes, order in ((1, 512.0, [0, 1, 2, 3, 4]), (2, 0.01, [3, 0, 4, 2, 1]), (1, 0.0, [0, 1, 2, 3, 4])):
-        changes = {"batch": batch, "max_memory": megabytes, "allowed": may[order]}
-        again = run(model, r, [asked[i] for i in order], method, steps, k=2, **changes)
-        close((again.pathway, again.logits), (whole.pathway[order], whole.logits[order]), 1e-9)
-        if method == "ngd" and batch == 1:  # of five times two, the first of each has to be made, or all
-            assert again.hits * 10 == pytest.approx(10 - len(whole.neighbours.index.unique()) if megabytes else 0)
+    """Each prompt is re-mixed for itself, however many stand beside it or prefixes are kept."""
+    model, references, asked = world()
+    allowed = torch.rand(5, 12) < 0.8
+    whole = remix(model, asked, references, method=method, k=2, allowed=allowed)
+    for batch, max_memory in ((1, 512.0), (2, 0.01), (1, 0.0)):
+        order = [3, 0, 4, 2, 1]
+        again = remix(
+            model,
+            [asked[i] for i in order],
+            references,
+            method=method,
+            k=2,
+            allowed=allowed[order],
+            batch=batch,
+            max_memory=max_memory,
+        )
+        close(again.pathway, whole.pathway[order], 1e-9)
+        close(again.logits, whole.logits[order], 1e-9)
+
+
+@methods
+def test_the_model_is_left_as_it_was(method):
+    """Weights, gradients, training mode: in training and evaluation, with dropout."""
+    model, references, asked = world(dropout=0.5)
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    model.norm.weight.requires_grad_(False)
+    logits = []
+    for training in (True, False):
+        model.train(training)
+        logits.append(remix(model, asked, references, method=method).logits)
+        assert all(module.training == training for module in model.modules())
+    assert torch.equal(*logits)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, weights[name]) and weight.grad is None
+        assert weight.requires_grad == (name != "norm.weight")
+
+
+def test_frozen_is_undone_after_an_error():
+    """Whatever happens inside, weights learn again afterwards."""
+    model = make_model().train()
+    with pytest.raises(RuntimeError), frozen(model):
+        assert not model.training
+        raise RuntimeError
+    assert model.training and all(weight.requires_grad for weight in model.parameters())
+
+
+# ---- who helps
+
+
+def test_kernels_by_their_formulas():
+    """At distances 1, 2, 4: the unit is the median of those who are there, the sum is 1."""
+    distance = torch.tensor([[1.0, 2.0, 4.0, torch.inf]])
+    cosine = torch.tensor([[0.5, 0.0, -1.0, 0.9]])
+    root = math.sqrt(3)
+    expected = {
+        "gaussian": [math.exp(-(r**2) / 2) for r in (0.5, 1, 2)],
+        "matern": [(1 + root * r) * math.exp(-root * r) for r in (0.5, 1, 2)],
+        "polynomial": [2.25, 1, 0],
+        "linear": [1, 0, 0],
+    }
+    for name, weights in expected.items():
+        total = sum(weights)
+        row = torch.tensor([[*(weight / total for weight in weights), 0]])
+        close(kernel(name, distance, cosine), row, 1e-6)
+    same_place = kernel("gaussian", torch.zeros(1, 2), cosine[:, :2])
+    assert same_place.tolist() == [[0.5, 0.5]]
+    nobody = kernel("gaussian", torch.full((1, 2), torch.inf), cosine[:, :2])
+    assert nobody.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("kind", ["tfidf", "tfidf-places", "tfidf-bigrams"])
+def test_tfidf_by_hand(kind):
+    """Prompt 1 3 1 against references 2 1 and 3; all three are the corpus."""
+    a, b = 1 + math.log(4 / 3), 1 + math.log(4 / 2)  # terms of two prompts, and of one
+    expected = {
+        # Vectors over the tokens 1, 2, 3: (2a, 0, a), (a, b, 0), (0, 0, a).
+        "tfidf": [2 * a * a / (math.hypot(2 * a, a) * math.hypot(a, b)), a / math.hypot(2 * a, a)],
+        # Two end with 1, which is common to them; 3 stands at other places.
+        "tfidf-places": [a * a / (math.hypot(b, b, a) * math.hypot(b, a)), 0],
+        # No pair of tokens is in two prompts.
+        "tfidf-bigrams": [
+            2 * a * a / (math.hypot(2 * a, a, b, b) * math.hypot(a, b, b)),
+            a / math.hypot(2 * a, a, b, b),
+        ],
+    }
+    tokens, lengths = padded([[2, 1], [3]], V)
+    _, references, _ = world()
+    corpus = padded([[1, 3, 1], [2, 1], [3]], V)
+    references = replace(references, tokens=tokens, lengths=lengths)
+    references.corpus, references.corpus_lengths = corpus
+    cosine = similarity(kind, None, references, torch.tensor([[1, 3, 1]]), torch.tensor([3]))
+    close(cosine, torch.tensor([expected[kind]], dtype=torch.float64), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["hidden:0", "hidden:2", "pathway"])
+def test_embeddings_from_the_model(name):
+    """The state of the last token as it enters a layer, or the critical pathway."""
+    model, references, asked = world()
+    tail = Tail(model, [1, 2])
+    cosine = similarity(name, tail, references, *padded(asked, V))
+    vectors = []
+    for prompt in [*asked, *prompts_of(references)]:
+        if name == "pathway":
+            vector = answer_along(model, prompt)[1][1:].flatten()
+        else:
+            layer = int(name[-1])
+            vector = model.run_blocks(model.embed(prompt[None]), last=layer)[0, -1]
+        vectors.append(F.normalize(vector, dim=0))
+    vectors = torch.stack(vectors).detach()
+    close(cosine, vectors[:5] @ vectors[5:].T)
+
+
+def test_neighbours_by_hand():
+    """A prompt at 0 degrees of a circle, references at 10 (wrong), 20 (a copy), 30, 40, ..."""
+    model, references, _ = world()
+    angle = torch.arange(10, 130, 10).deg2rad()
+    references = replace(
+        references,
+        correct=torch.arange(12) > 0,
+        embeddings=torch.stack([angle.cos(), angle.sin()], 1),
+    )
+    question = prompts_of(references)[1][None], references.lengths[1:2]
+    assert near_copies(references, *question)[0].nonzero().flatten().tolist() == [1]
+    config = RemixConfig(embedding="own", k=2)
+
+    def found(allowed=None):
+        own = torch.tensor([[3.0, 0.0]])
+        return find_neighbours(Tail(model), references, *question, config, allowed, embeddings=own)
+
+    near = found()
+    assert near.index.tolist() == [[2, 3]]
+    assert near.usable[0].tolist() == [False, False, *[True] * 10]
+    # The distance of angles d is 2 sin(d / 2); the lower median of two is the nearer one.
+    ratio = math.sin(math.radians(20)) / math.sin(math.radians(15))
+    a, b = math.exp(-1 / 2), math.exp(-(ratio**2) / 2)
+    close(near.weight[0].tolist(), [a / (a + b), b / (a + b)], 1e-6)
+    # Fewer than k may help: the second weighs nothing.
+    few = torch.zeros(1, 12, dtype=torch.bool)
+    few[0, [0, 1, 5]] = True
+    near = found(few)
+    assert near.index[0, 0] == 5 and near.weight[0].tolist() == [1.0, 0.0]
+
+
+# ---- references
 
 
 def test_kept_prefixes():
-    """With room for two prefixes, the one not asked for longest goes: 0 and 1 come, 0 is there, 2 takes the place of 1,
-    0 is there, 1 takes the place of 2, both are there. What was kept is what would be made."""
+    """With room for two, the one not asked for longest goes; what is kept is what would be made."""
     model, references, _ = world(token="all")
-    new = (tail := Tail(model, [1])).cut(references.tokens, references.lengths)
-    size = sum(part[0].nbytes for part in new)
-    for room, hits in ((2.5, [0, 0, 1, 1, 2, 2, 4]), (0, [0] * 7), (99, [0, 0, 1, 1, 2, 3, 5])):
-        prefixes = c3po.Prefixes(tail, references, room * size)
-        for index, hit in zip(([0], [1], [0], [2], [0], [1], [1, 0]), hits, strict=True):
-            close(tuple(prefixes(index)), tuple(part[index] for part in new))
-            assert prefixes.hits == hit and prefixes.size == size * len(prefixes.kept) <= room * size
+    tail = Tail(model, [1])
+    whole = tail.cut(references.tokens, references.lengths)
+    size = sum(tensor[0].nbytes for tensor in whole)
+    prefixes = Prefixes(tail, references.tokens, references.lengths, 2.5 * size)
+    expected = [[0], [0, 1], [1, 0], [0, 2], [2, 0], [0, 1], [1, 0]]
+    for index, kept in zip([[0], [1], [0], [2], [0], [1], [0]], expected, strict=True):
+        close(tuple(prefixes(torch.tensor(index))), tuple(tensor[index] for tensor in whole))
+        assert list(prefixes.kept) == kept and prefixes.size == size * len(kept)
+    prefixes.max_bytes = 0
+    close(tuple(prefixes(torch.tensor([3, 3]))), tuple(tensor[[3, 3]] for tensor in whole))
+    assert prefixes.size == 0 and not prefixes.kept
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_no_trace(method):
-    """The model stays as it was, and answers the same again: in evaluation or in training, with dropout or not."""
-    (model, references, asked), results = world(dropout=0.5), []
-    before = [(p.detach().clone(), p.requires_grad_(i != 1).requires_grad) for i, p in enumerate(model.parameters())]
-    for training in (True, False, True):
-        results.append(run(model.train(training), references, asked, method).logits)
-        assert torch.equal(results[-1], results[0]) and all(part.training == training for part in model.modules())
-        for parameter, (weight, learns) in zip(model.parameters(), before, strict=True):
-            assert torch.equal(parameter, weight) and parameter.requires_grad == learns and parameter.grad is None
+def test_prefixes_stay_with_their_references():
+    """A second call finds them; other layers, and changed references, do not."""
+    model, references, asked = world()
+    remix(model, asked, references)
+    kept = references.kept
+    assert len(kept.kept) > 0
+    remix(model, asked, references)
+    assert references.kept is kept
+    remix(model, asked, references, layers="last:1")
+    assert references.kept is not kept
+    assert replace(references, labels=references.labels).kept is None
 
 
-def test_reference_set(tmp_path):
-    """It knows what full forwards know, and comes back from its file whole, where labels were a column of a table."""
-    (model, r, asked), path = world(), tmp_path / "references"
-    known, labels = [r.tokens[i, :n] for i, n in enumerate(r.lengths)], r.labels
-    said, own = map(torch.stack, zip(*(naive(model, row, range(3)) for row in known), strict=True))
-    assert torch.equal(r.correct, said.argmax(1) == labels) and r.correct.sum() == 9
-    close(r.pathways[:, 0], own)
-    table = torch.stack([labels, torch.cat([said[:1].argmax(1), said[1:].argmin(1)])], 1)  # all but the first: easy
-    made = ReferenceSet.build(model, known, table[:, 0], table.flip(1), asked, torch.randn(3, 12).T)
-    assert made.correct.tolist() == [False] + [True] * 11
+def test_reference_set_comes_back_from_its_file(tmp_path):
+    """It knows what full forwards know, and refuses another model."""
+    model, references, asked = world()
+    answers = [answer_along(model, prompt) for prompt in prompts_of(references)]
+    close(references.pathways[:, 0], torch.stack([pathway for _, pathway in answers]))
+    best = torch.stack([logits.argmax() for logits, _ in answers])
+    assert torch.equal(references.correct, best == references.labels)
+    assert references.correct.sum() == 9
+
+    path = tmp_path / "references"
+    options = (references.labels[:, None] + torch.arange(3)) % V
+    embeddings = torch.randn(3, 12).T  # not contiguous
+    given = (prompts_of(references), references.labels, options, asked, embeddings)
+    made = ReferenceSet.build(model, *given)
     made.save(path)
+    assert list(tmp_path.iterdir()) == [path]
     again = ReferenceSet.load(path, model)
-    assert [*tmp_path.iterdir()] == [path] and vars(again).keys() == vars(made).keys()
-    for a, b in zip(vars(made).values(), vars(again).values(), strict=True):
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    for name, value in vars(made).items():
+        other = getattr(again, name)
+        assert torch.equal(value, other) if torch.is_tensor(value) else value == other
+
     model.blocks[1].ffns[0].experts.down.data[0, 0, 0] += 1e-9
     with pytest.raises(ValueError, match="references was made by another model"):
         ReferenceSet.load(path, model)
-    safetensors.torch.save_file({"tokens": torch.zeros(2), "weight": torch.zeros(2)}, path)
+    safetensors.torch.save_file({"tokens": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match="references is not a reference set"):
         ReferenceSet.load(path, model)
 
 
+def test_options_decide_what_is_right():
+    """A reference is right where its label is the best of its options."""
+    model, references, _ = world()
+    prompts = prompts_of(references)
+    worst = torch.stack([answer_along(model, prompt)[0].argmin() for prompt in prompts])
+    best = torch.stack([answer_along(model, prompt)[0].argmax() for prompt in prompts])
+    pair = torch.stack([worst, best], 1)
+    assert ReferenceSet.build(model, prompts, best, pair).correct.all()
+    assert not ReferenceSet.build(model, prompts, worst, pair).correct.any()
+
+
+# ---- bad input
+
 SETTINGS = {
-    "k is 10, but there are 9 usable": {"k": 10}, "k is 0; .* at least 1": {"k": 0}, "core is 7, .* 6": {"core": 7},
-    "mean kernel_regression[?]": {"method": "kernel_regresion"}, "mean gaussian[?]": {"kernel": "gauss"},
-    "mean tfidf[?]": {"embedding": "tfdif"}, "mean last[?]": {"token": "lsat"}, "ask for first": {"token": "first"},
-    "'hidden:3'; .* hidden:2": {"embedding": "hidden:3"}, "needs arrays": {"embedding": "own"}, "alpha": {"alpha": 1.5},
-    "'top:2'; .* last:2": {"layers": "top:2"}, "'last:4'": {"layers": "last:4"}, "0 to 2": {"layers": "0,3"},
-    "needs the options": {"loss": "options"}, "oracle .*options": {"method": "oracle", "loss": "options"},
-}  # fmt: skip
-BAD = [  # a call with a model m, its references r and prompts p, and what is said of it
-    (lambda m, r, p: ReferenceSet.build(m, [], []), "the reference set is empty"),
-    (lambda m, r, p: ReferenceSet.build(m, p, [0, 1, 2, 3, V]), f"labels go from 0 to {V}; .* 0 to {V - 1}"),
-    (lambda m, r, p: ReferenceSet.build(m, p, [1] * 5, [[1, 2]] * 4 + [[2, 3]]), "not among its options"),
-    (lambda m, r, p: ReferenceSet.build(m, p, [1] * 5, token="all"), "prompts of one length; .* 1 to 5"),
-    (lambda m, r, p: ReferenceSet.build(m, p, [1] * 5, token="lats"), "'lats'; did you mean last"),
-    (lambda m, r, p: ReferenceSet.load("nowhere", m), "no such reference set: nowhere"),
-    (lambda m, r, p: ReferenceSet.load(__file__, m), "test_remix.py is not a reference set"),
-    (lambda m, r, p: run(tiny(dense_layers=(0, 1, 2)), r, p), "no routers .*nothing to re-mix"),
-    (lambda m, r, p: run(tiny(), r, p), "made by another model"),
-    (lambda m, r, p: run(m, replace(r, correct=r.correct & False), p), "none of the 12 references right"),
-    (lambda m, r, p: run(m, r, [*p, r.tokens[1, :3]]), "1 of 6 prompts are references too.* prompt .5"),
-    (lambda m, r, p: run(m, r, [[1], []]), "none empty"),
-    (lambda m, r, p: run(m, r, [[1, V]]), f"tokens go from 1 to {V}; .* 0 to {V - 1}"),
-    (lambda m, r, p: run(*world(token="all")[:2], p[2:3], token="all"), "length"),
-    (lambda m, r, p: remix(m, p, method="oracle"), "the oracle needs the labels of the samples"),
-    *((lambda m, r, p, y=y: remix(m, p, method="oracle", labels=y), "labels") for y in (torch.tensor([V] * 5), ROWS)),
-    *((lambda m, r, p, x=x: remix(m, p, r, method=x, labels=[1] * 5), f"{x} may not see") for x in METHODS[:3]),
-    *((lambda *_, x=x: run(*world(top_k=1, norm_topk=True), x), f"{x}: .* gradient zero") for x in METHODS[2:]),
-    *((lambda *world, changes=changes: run(*world, **changes), message) for message, changes in SETTINGS.items()),
-]
+    "k is 10, but there are 9 usable": {"k": 10},
+    "k is 0; it must be at least 1": {"k": 0},
+    "core is 7, but there are 6": {"core": 7},
+    "did you mean kernel_regression": {"method": "kernel_regresion"},
+    "did you mean gaussian": {"kernel": "gauss"},
+    "did you mean tfidf": {"embedding": "tfdif"},
+    "expected hidden:0 to hidden:2": {"embedding": "hidden:3"},
+    "needs arrays": {"embedding": "own"},
+    "alpha is 1.5": {"alpha": 1.5},
+    "unknown critical layers 'top:2'": {"layers": "top:2"},
+    "unknown critical layers 'last:4'": {"layers": "last:4"},
+    "numbers from 0 to 2": {"layers": "0,3"},
+    "needs the options of the references": {"loss": "options"},
+}
 
 
-@pytest.mark.parametrize(("call", "message"), BAD, ids=[message for _, message in BAD])
-def test_bad_input(call, message):
-    """What cannot be re-mixed is refused in one line, with what was found and what would do."""
+@pytest.mark.parametrize("message", SETTINGS)
+def test_settings_that_do_not_fit(message):
+    """One line says what was found and what would do."""
     with pytest.raises(ValueError, match=message) as error:
-        call(*world())
+        remix(*by_order(world()), **SETTINGS[message])
     assert "\n" not in str(error.value)
 
 
-def test_prefix_tuning():
-    """Prefix tuning is a Cache whose keys and values are learnt: in every layer they get gradients, and they steer."""
-    model, (tokens, valid) = tiny(n_kv_heads=2), prompts()
-
-    def loss(learnt):  # keys and values of three layers, (G, S, C) each, the same for all prompts
-        keys, values = (dict(enumerate(part[:, None].expand(-1, 3, -1, -1, -1))) for part in learnt)
-        x = model.run(model.embed(tokens), valid, Cache(keys, values, torch.ones(3, 4, dtype=torch.bool)))
-        return F.cross_entropy(model.head(x[ROWS, LENGTHS - 1]), ROWS)
-
-    learnt = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64).requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(learnt), learnt)
-    assert (gradient.abs().amax(-1) > 1e-9).all() and loss(learnt - 0.1 * gradient) < loss(learnt) - 1e-3
+def by_order(everything):
+    """model, references, prompts -> as remix takes them."""
+    model, references, asked = everything
+    return model, asked, references
 
 
-def test_soft_prompt():
-    """A soft prompt is embeddings put in front. Where they are those of tokens, the tokens might as well be there."""
-    model, (tokens, valid), hard = tiny(), prompts(), torch.randint(V, (3, 2))
-    soft, valid, remixed = model.embed(hard).detach(), F.pad(valid, (2, 0), value=True), Remix(pathway(model, 1))
-    found = model.head(model.run(torch.cat([soft.requires_grad_(), model.embed(tokens)], 1), valid, remix=remixed))
-    close(found, model(torch.cat([hard, tokens], 1), valid=valid, remix=remixed).logits)
-    assert (torch.autograd.grad(found[ROWS, LENGTHS + 1].square().sum(), soft)[0].abs().amax(2) > 1e-9).all()
+@pytest.mark.parametrize(
+    ("message", "prompts", "labels", "options"),
+    [
+        ("the reference set is empty", [], [], {}),
+        (f"labels go from 0 to {V}", [[1], [2]], [0, V], {}),
+        ("2 references have 1 labels", [[1], [2]], [0], {}),
+        ("not among its options", [[1], [2]], [1, 1], {"options": [[1, 2], [2, 3]]}),
+        ("prompts of one length", [[1], [2, 3]], [1, 1], {"token": "all"}),
+        ("did you mean last", [[1]], [1], {"token": "lats"}),
+    ],
+)
+def test_references_that_do_not_fit(message, prompts, labels, options):
+    with pytest.raises(ValueError, match=message):
+        ReferenceSet.build(make_model(), prompts, labels, **options)
+
+
+def test_prompts_and_models_that_do_not_fit():
+    model, references, asked = world()
+    repeated = prompts_of(references)[1]
+    wrong = replace(references, correct=torch.zeros(12, dtype=torch.bool))
+    dense = tiny(dense_layers=(0, 1, 2))
+    for message, arguments in (
+        ("made by another model", (make_model(), asked, references)),
+        ("none of the 12 references right", (model, asked, wrong)),
+        ("1 of 6 prompts are references too", (model, [*asked, repeated], references)),
+        ("none empty", (model, [[1], []], references)),
+        (f"tokens go from 1 to {V}", (model, [[1, V]], references)),
+        ("needs references", (model, asked, None)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            remix(*arguments)
+    with pytest.raises(ValueError, match="no such reference set: nowhere"):
+        ReferenceSet.load("nowhere", model)
+    with pytest.raises(ValueError, match="nothing to re-mix"):
+        critical_layers(dense, "all")
+    with pytest.raises(ValueError, match="nothing to re-mix"):
+        ReferenceSet.build(dense, [[1]], [1])
+
+
+def test_a_gradient_that_is_always_zero_is_refused():
+    """With one expert whose weight is divided by itself, no logit matters."""
+    with pytest.raises(ValueError, match="gradient zero"):
+        remix(*by_order(world(top_k=1, norm_topk=True)))
+
+
+def test_surrogates_share_one_signature():
+    """Each is a function (core, loss, near, config) -> pathway."""
+    for surrogate in (ngd, kernel_regression, mode_finding):
+        names = surrogate.__code__.co_varnames[: surrogate.__code__.co_argcount]
+        assert names == ("core", "loss", "near", "config")

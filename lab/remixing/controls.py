@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from lab.remixing.arena import Arena, joined, own_answers
-from pathways import frozen
-from remix import NeighbourLoss, core_experts, cross_entropy, ngd
+from pathways import cross_entropy, frozen
+from remix import NeighbourLoss, core_experts, ngd
 
 # ---------------------------------------------------------------- NGD on a prompt's own logits
 
@@ -29,7 +29,8 @@ def own_loss_ngd(arena: Arena, loss_of, settings: dict):
                 return loss_of(tail(prefix, pathway), rows)
 
             core = core_experts(start, config.core)
-            pathway = ngd(core, loss, None, config)
+            with torch.enable_grad():
+                pathway = ngd(core, loss, None, config)
             batches.append((start, pathway, before, tail(prefix, pathway)))
     return joined(batches)
 

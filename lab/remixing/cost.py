@@ -106,10 +106,14 @@ def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.fl
             naive_losses.append(loss.detach())
             return loss
 
+        def descent(loss, count):
+            with torch.enable_grad():
+                ngd(core_experts(start[:count]), loss, near, config)
+
         calls = {
-            "exact": (n, lambda: ngd(core_experts(start), exact_loss, near, config)),
+            "exact": (n, lambda: descent(exact_loss, n)),
             "prefixes": (n, lambda: tail.cut(tokens, lengths)),
-            "naive": (few, lambda: ngd(core_experts(start[:few]), naive_loss, near, config)),
+            "naive": (few, lambda: descent(naive_loss, few)),
         }
 
         # The clock: the fastest of some rounds.

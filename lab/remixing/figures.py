@@ -9,24 +9,22 @@ import numpy as np
 
 from lab.tools.figures import BLUE, GREY, INK, ORANGE, figure, keep
 
-C3PO = ("NGD", "kernel regression", "mode finding")
+COLOURS = {"mode finding": ORANGE, "kernel regression": ORANGE, "NGD": ORANGE, "oracle": GREY}
 POINT = {"marker": "o", "markersize": 3}
 
 
 def contest_figures(result: dict, stem: str) -> list[Path]:
     """The figures of a contest: accuracy by method; the oracle against its null; a pathway before
     and after. stem: the paths begin with it."""
+    paths = [Path(f"{stem}{end}.png") for end in ("", "-oracle", "-pathway")]
     title = result["title"]
-    methods = Path(f"{stem}.png")
-    methods_figure(result["rows"], f"Accuracy by method: {title}", methods)
+    methods_figure(result["rows"], f"Accuracy by method: {title}", paths[0])
 
-    oracle = Path(f"{stem}-oracle.png")
     split = title.split(",")[-1].strip()
-    reach = {name: shares for name, shares in result["reach"].items() if name != "steps"}
-    where = f"Where ten steps lead: {split}, one seed"
-    oracle_figure(result["reach"]["steps"], reach, where, oracle)
+    reach = dict(result["reach"])
+    steps = reach.pop("steps")
+    oracle_figure(steps, reach, f"Where ten steps lead: {split}, one seed", paths[1])
 
-    pathway = Path(f"{stem}-pathway.png")
     example = result["example"]
     before, after = example["right"]
     tokens = " ".join(str(token) for token in example["tokens"])
@@ -34,23 +32,18 @@ def contest_figures(result: dict, stem: str) -> list[Path]:
     text += f"P(right answer) goes from {before:.0%} to {after:.0%}"
     shown = list(example["panels"].items())[:3]  # of the neighbours only the nearest
     pathways = {name: np.array(rows) for name, rows in shown}
-    pathway_figure(pathways, example["rows"], text, pathway)
-    return [methods, oracle, pathway]
+    pathway_figure(pathways, example["rows"], text, paths[2])
+    return paths
 
 
 def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
-    """Accuracy by method as points, with the interval of the gain; base as a line. The null is left
-    out: its accuracy is another thing."""
+    """Accuracy by method, with the interval of the gain. The null's is another thing: left out."""
     names = [name for name in rows if name != "oracle's null"]
     fig, ax = figure(7.5, 1.2 + 0.27 * len(names))
     base = 100 * rows["base"]["accuracy"]
     heights = range(len(names))[::-1]
     for height, name in zip(heights, names, strict=True):
-        colour = BLUE
-        if name in C3PO:
-            colour = ORANGE
-        if name == "oracle":
-            colour = GREY
+        colour = COLOURS.get(name, BLUE)
         row = rows[name]
         low = base + 100 * row["low"]
         high = min(base + 100 * row["high"], 100)
@@ -67,12 +60,8 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
     ax.axvline(base, color=INK, linewidth=1, linestyle=":", label="the model as it is")
 
     # The legend: points without a place.
-    labels = {
-        "C3PO": ORANGE,
-        "controls and rivals": BLUE,
-        "the oracle: sees the label": GREY,
-    }
-    for label, colour in labels.items():
+    labels = ("C3PO", "controls and rivals", "the oracle: sees the label")
+    for label, colour in zip(labels, (ORANGE, BLUE, GREY), strict=True):
         ax.plot([], [], "o", color=colour, markersize=5, label=label)
     ax.legend(
         fontsize=8,

@@ -1,13 +1,13 @@
 """Every row of the comparison: what it computes, what it is tuned to, and whose settings it shares.
 
-A method of your own is a function (arena, **settings) -> RemixResult and one entry of METHODS. It
-has settings that were tried on dev for it alone (`tries`, `tuned`), or it shares those of another
-(`like`): a control of NGD has to take the steps of NGD.
+A method of your own is a function (arena, **settings) -> RemixResult and an entry of METHODS:
+with settings of its own, tried on dev, or like another: a control of NGD takes the steps of NGD.
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from lab.remixing import controls, rivals
 from lab.remixing.arena import Arena
@@ -26,19 +26,8 @@ class Method:
     target: Callable | None = None  # (arena) -> (n,) what counts as right, if not the labels
 
     def __post_init__(self):
-        require(
-            (self.like is None) == (len(self.tries) > 0),
-            "a method needs settings to try, or else the name of a method whose settings it shares",
-        )
-
-
-def surrogate(name: str) -> Callable:
-    """Mode finding, kernel regression or NGD, as they are."""
-
-    def remixed(arena: Arena, **settings):
-        return arena.remix(method=name, **settings)
-
-    return remixed
+        problem = "a method needs settings to try, or else the name of one whose settings it shares"
+        require((self.like is None) == (len(self.tries) > 0), problem)
 
 
 def grid(**axes) -> list[dict]:
@@ -54,17 +43,17 @@ FIRST_STEP = [0.25, 0.5, 1.0, 2.0]
 # each method: python -m lab.remixing.sweeps RUN ...
 METHODS = {
     "mode finding": Method(
-        surrogate("mode_finding"),
+        partial(Arena.remix, method="mode_finding"),
         tries=grid(alpha=[0.5, 0.8], k=[3, 16], layers=LAYERS),
         tuned={"skills": {"alpha": 0.8, "k": 3, "layers": "last:2"}},
     ),
     "kernel regression": Method(
-        surrogate("kernel_regression"),
+        partial(Arena.remix, method="kernel_regression"),
         tries=grid(kernel=["gaussian", "matern", "polynomial", "linear"], layers=LAYERS),
         tuned={"skills": {"kernel": "matern", "layers": "last:2"}},
     ),
     "NGD": Method(
-        surrogate("ngd"),
+        partial(Arena.remix, method="ngd"),
         tries=grid(lr=FIRST_STEP, layers=LAYERS),
         tuned={"skills": {"lr": 0.5, "layers": "all"}, "text": {"lr": 0.1}},
     ),

@@ -1,8 +1,7 @@
 """Rivals: other ways to use the same references, and a larger model that has none.
 
-Each is a function (arena, **settings) -> RemixResult, as all methods are.
-
-Letters in the shape comments, beside those of arena.py:  M pairs (prompt, neighbour)
+Each is a function (arena, **settings) -> RemixResult, as all methods are. Letters in the shape
+comments: see arena.py.
 """
 
 import copy
@@ -125,27 +124,24 @@ def last_logits(model, x, valid):
 
 
 def fitted(arena: Arena, start, answer, settings: dict):
-    """Fit something of each prompt's own on its neighbours, then let the model answer with it.
+    """Fit something of each prompt's own on its neighbours, then answer with it.
 
-    start (1, ...): where every fit begins. answer: a function of the model, fits (n, ...), tokens
-    (n, T) and lengths (n,) -> logits (n, V)."""
+    start (1, ...): where fits begin. answer: (model, fits, tokens, lengths) -> logits (n, V)."""
     model, references, neighbours = arena.model, arena.references, arena.neighbours
     config = replace(arena.config, **settings)
     logits = []
     with frozen(model), torch.no_grad():
         for rows in torch.arange(len(arena.tokens)).split(config.batch):
-            # The neighbours of these prompts in one list of M pairs.
-            present = neighbours.weight[rows] > 0  # (b, k)
-            owner = present.nonzero()[:, 0]  # (M,) the prompt of a pair
-            index = neighbours.index[rows][present]
-            weight = neighbours.weight[rows][present]
-            solved = trimmed(references.tokens, references.lengths, index)
+            weight = neighbours.weight[rows]  # (b, k)
+            index = neighbours.index[rows].flatten()  # (b*k,)
             labels = references.labels[index]
+            solved = trimmed(references.tokens, references.lengths, index)
 
-            def loss(fits, owner=owner, weight=weight, labels=labels, solved=solved):
-                predicted = answer(model, fits.index_select(0, owner), *solved)  # (M, V)
-                nats = F.cross_entropy(predicted, labels, reduction="none") * weight
-                return nats.new_zeros(len(fits)).index_add(0, owner, nats)  # (M,) -> (b,)
+            def loss(fits, weight=weight, labels=labels, solved=solved):
+                fits = fits.repeat_interleave(weight.shape[1], 0)  # (b, ...) -> (b*k, ...)
+                predicted = answer(model, fits, *solved)  # (b*k, V)
+                nats = F.cross_entropy(predicted, labels, reduction="none")
+                return (weight * nats.view(weight.shape)).sum(1)  # (b,)
 
             fits = descend(loss, start.expand(len(rows), *start.shape[1:]), config)
             asked = trimmed(arena.tokens, arena.lengths, rows)

@@ -30,9 +30,7 @@ def with_settings(arena: Arena, **changes):
 
 
 def within_ball(arena: Arena, epsilon: float):
-    """NGD with all references within a distance (0 to 2) as neighbours, instead of the k nearest.
-
-    Section 3.4 of the paper. A prompt with nobody keeps its own pathway."""
+    """NGD with all references within a distance (0 to 2) as neighbours (paper, section 3.4)."""
     embedding, prompts = arena.config.embedding, (arena.tokens, arena.lengths)
     with frozen(arena.model), torch.no_grad():
         cosine = similarity(embedding, arena.tail, arena.references, *prompts)  # (n, m)
@@ -73,19 +71,16 @@ def plain_ngd(core, loss, near, config):
     return core.softmax(best)
 
 
-def raw_ngd(core, loss, near, config):
+def raw_ngd(core, loss, near, config, normed=True):
     """NGD on raw weights, which are clipped at 0 and rescaled after a step."""
-    return descend(loss, core.start, config, project=partial(clipped, core))
+
+    def clipped(weights):
+        return core.rescale(weights.clamp(min=0))
+
+    return descend(loss, core.start, config, normed, project=clipped)
 
 
-def plain_raw_ngd(core, loss, near, config):
-    """NGD as the paper has it: on raw weights, by steps lr * g."""
-    return descend(loss, core.start, config, normed=False, project=partial(clipped, core))
-
-
-def clipped(core, weights):
-    """Raw weights (n, R, E) -> a pathway."""
-    return core.rescale(weights.clamp(min=0))
+plain_raw_ngd = partial(raw_ngd, normed=False)  # the paper's
 
 
 def varied(setting: str, values) -> dict:
@@ -113,7 +108,7 @@ SWEEPS = {  # what is varied -> value -> (arena) -> RemixResult
         "logits normed 0.5": partial(with_settings, lr=0.5),
         "logits plain 1.0": partial(with_settings, method=plain_ngd, lr=1.0),
         "raw normed 0.1": partial(with_settings, method=raw_ngd, lr=0.1),
-        "raw plain 0.01": partial(with_settings, method=plain_raw_ngd, lr=0.01),  # the paper's
+        "raw plain 0.01": partial(with_settings, method=plain_raw_ngd, lr=0.01),
     },
     "references": {str(count): partial(with_references, count=count) for count in COUNTS},
 }

@@ -62,13 +62,13 @@ def nearest(name: str, known) -> str:
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
-# ----------------------------------------------------------------- flags made from dataclasses
+# ---- flags made from dataclasses
 
 
 def add_flags(parser: Parser, *configs: type, skip=()):
     """Add a flag for every field of the dataclasses, with its help text.
 
-    A field is annotated with its type and its help text: `steps: Annotated[int, "optimiser steps"]`.
+    A field is annotated with type and help: `steps: Annotated[int, "optimiser steps"]`.
     A flag that is not given stays out of what `parse` returns.
     """
     for config in configs:
@@ -148,7 +148,7 @@ def fill(config: type, values: dict):
         raise Usage(str(error)) from error
 
 
-# ------------------------------------------------------------------------------ programs
+# ---- programs
 
 
 def program(main, text: str | None = None):
@@ -199,7 +199,7 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-# -------------------------------------------------------------------------------- tables
+# ---- tables
 
 
 def table(rows, header=None, left: int = 1) -> str:

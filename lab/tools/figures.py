@@ -61,7 +61,7 @@ def panels(n: int, width: float, heights: list[float], beside: int = 2):
     return fig, axes[:n]
 
 
-# ------------------------------------------------------------------------------ training
+# ---- training
 
 
 def loss_figure(log: list[dict], floor: float, name: str, path: Path | None = None):
@@ -164,7 +164,7 @@ def load_figure(
     return keep(fig, path)
 
 
-# ------------------------------------------------------------------------------- routing
+# ---- routing
 
 
 def preference(shares: np.ndarray) -> np.ndarray:

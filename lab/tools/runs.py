@@ -22,7 +22,7 @@ from moe import Router, require
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
 
 
-# -------------------------------------------------------------------------------- saving
+# ---- saving
 
 
 def write(path: Path, data: bytes):
@@ -76,7 +76,7 @@ def save(
     write(folder / "log.jsonl", lines.encode())
 
 
-# ------------------------------------------------------------------------------- opening
+# ---- opening
 
 
 def load(folder: Path, router: type | None = None):
@@ -189,7 +189,7 @@ def require_file(path: Path):
 
 
 def read_tensors(path: Path):
-    """Read a safetensors file -> tensors, metadata. ValueError where it is missing or unreadable."""
+    """Read a safetensors file -> tensors, metadata. ValueError where it cannot be read."""
     require_file(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:

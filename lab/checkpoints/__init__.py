@@ -1,0 +1,1 @@
+"""Checkpoints of the hub: files that are not trusted, benchmarks, and re-mixing on them."""

@@ -1,0 +1,228 @@
+"""Multiple choice by log-likelihood, and C3PO on it, which gets the same prompts:
+
+python eval.py choice --model allenai/OLMoE-1B-7B-0125-Instruct --task arc_challenge
+python eval.py choice ...     the same, and --references openbookqa,sciq --method ngd: re-mixed,
+                              with the paper's settings
+
+A letter is one token, so that a prompt is read once for all choices, and C3PO can re-mix its last
+token. `--form full` reads the text of every choice, and also compares log-likelihoods per byte.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from tqdm import tqdm
+
+import hf
+from lab.checkpoints.answers import Answers, digest
+from lab.checkpoints.benchmarks import (
+    BENCHMARKS,
+    Item,
+    Prompt,
+    make_prompts,
+    read_items,
+    text_pairs,
+)
+from lab.checkpoints.remixed import SURROGATES, remix_benchmark
+from lab.tools import cli
+from lab.tools.statistics import share_interval
+from moe import require
+from pathways import one_of, padded
+from remix import RemixConfig
+
+MOST_TOKENS = 8_192  # of one forward pass, padding included
+
+
+@dataclass
+class ChoiceConfig:
+    """A benchmark, and how it is scored."""
+
+    model: Annotated[str | None, "a folder, or owner/name or owner/name@revision on the hub"] = None
+    task: Annotated[Literal[tuple(BENCHMARKS)], "the benchmark"] = "arc_challenge"
+    data_file: Annotated[str | None, "its rows, .jsonl or .parquet (none: download)"] = None
+    form: Annotated[Literal["letters", "full"], "what of a choice is scored"] = "letters"
+    shots: Annotated[int, "solved examples in front of every question"] = 0
+    shots_file: Annotated[str | None, "their rows (none: download the train split)"] = None
+    limit: Annotated[int | None, "take only so many questions (none: all)"] = None
+    dtype: Annotated[Literal["stored", "float32", "bfloat16"], "the model's numbers"] = "stored"
+    device: Annotated[Literal["cpu", "cuda", "mps"], "where to compute"] = "cpu"
+    threads: Annotated[int, "CPU threads"] = 1
+    references: Annotated[str | None, "re-mix, by these benchmarks, such as openbookqa,sciq"] = None
+    reference_files: Annotated[str | None, "their rows, a file for each (none: download)"] = None
+    reference_limit: Annotated[int | None, "take only so many of each (none: all)"] = None
+    method: Annotated[str, "one or several of ngd,kernel_regression,mode_finding,oracle"] = "ngd"
+    out: Annotated[str | None, "file of answers, to be continued (none: in out/choice/)"] = None
+
+    def __post_init__(self):
+        require(
+            self.model is not None,
+            "--model is missing: the folder of a checkpoint, or owner/name on the hub",
+        )
+        counts = self.shots >= 0 and self.threads > 0 and (self.limit is None or self.limit > 0)
+        require(counts, "--shots must be at least 0, --threads and --limit at least 1")
+        require(
+            self.form == "letters" or not self.references,
+            "C3PO re-mixes the token before a letter; a later token of the text looks back at the "
+            "re-mixed one, so that one token is not exact there",
+        )
+        for name in self.methods():
+            one_of("method", name, list(SURROGATES))
+        for name, _ in self.reference_sources():
+            one_of("benchmark", name, list(BENCHMARKS))
+
+    def methods(self) -> list[str]:
+        return self.method.split(",")
+
+    def reference_sources(self) -> list[tuple[str, str | None]]:
+        """The benchmarks that references come from, each with its file."""
+        if not self.references:
+            return []
+        names = self.references.split(",")
+        files = [None] * len(names)
+        if self.reference_files:
+            files = self.reference_files.split(",")
+        require(len(files) == len(names), "--reference-files needs one for each benchmark")
+        return list(zip(names, files, strict=True))
+
+
+def main(argv) -> int:
+    """Score a benchmark, keep every answer, report -> the exit code."""
+    usage = "%(prog)s --model PATH_OR_REPO [flags]"
+    parser = cli.Parser("eval.py choice", usage=usage, description=__doc__)
+    cli.add_flags(parser, ChoiceConfig)
+    cli.add_flags(parser, RemixConfig, skip=("method",))
+    flags = parser.parse(argv)
+    config = cli.fill(ChoiceConfig, flags)
+    changes = {name: flags[name] for name in vars(RemixConfig()) if name in flags}
+    changes.pop("method", None)
+    cli.fill(RemixConfig, changes)
+    torch.set_num_threads(config.threads)
+
+    # Read the questions, and the solved examples in front of them.
+    items = read_items(config.task, config.data_file)[: config.limit]
+    shots = []
+    if config.shots:
+        shots = read_items(config.task, config.shots_file, "train")[: config.shots]
+        source = config.shots_file or config.task
+        problem = f"--shots {config.shots}, but {source} has only {len(shots)} examples"
+        require(len(shots) == config.shots, problem)
+
+    # Open the checkpoint.
+    dtype = None if config.dtype == "stored" else config.dtype
+    model, tokenizer = hf.load(config.model, dtype, config.device)
+    problem = f"{config.model} has no tokenizer.json, so that it cannot read words"
+    require(tokenizer is not None, problem)
+    if config.references:
+        return remix_benchmark(model, tokenizer, items, shots, config, changes)
+
+    # Score.
+    context = model.config.context
+    prompts = [make_prompts(item, tokenizer, config.form, shots, context) for item in items]
+    name = f"{Path(config.model).name}-{config.task}-{config.form}-{config.shots}.jsonl"
+    path = Path(config.out or f"out/choice/{name}")
+    about = {"model": config.model, "task": config.task, "dtype": config.dtype}
+    about["prompts"] = digest((prompts, [item.answer for item in items]))
+    answers = Answers(path, about)
+    nats = score(model, prompts, items, answers)
+    title = f"{config.task}, {config.shots} shots, {len(items)} questions"
+    print(report(items, nats, config.form, title))
+    print(f"\nwrote {path}")
+    return 0
+
+
+@torch.no_grad()
+def log_likelihoods(model, prompts: list[Prompt]) -> list[list[float]]:
+    """The log-probability (nats) of each option of each prompt, by a model in evaluation mode."""
+    device = next(model.parameters()).device
+    tokens, lengths = padded([prompt.tokens for prompt in prompts], model.config.vocab_size)
+    valid = torch.arange(tokens.shape[1]) < lengths[:, None]  # (B, T)
+    x = model.run_blocks(model.embed(tokens.to(device)), valid.to(device))  # (B, T, D)
+
+    # List the tokens that are scored, option by option.
+    rows, places, targets = [], [], []
+    for row, prompt in enumerate(prompts):
+        for option in prompt.options:
+            for place, token in option:
+                rows.append(row)
+                places.append(place)
+                targets.append(token)
+    targets = torch.tensor(targets, device=device)[:, None]  # (M, 1)
+
+    # Predict them, in portions: the vocabulary may be large.
+    nats = []
+    hidden = x[rows, places]  # (B, T, D) -> (M, D)
+    for states, target in zip(hidden.split(256), targets.split(256), strict=True):
+        log_probs = model.head(states).log_softmax(-1)  # (256, V)
+        nats.append(log_probs.gather(1, target)[:, 0])
+
+    # Sum over the tokens of each option.
+    sizes = [len(option) for prompt in prompts for option in prompt.options]
+    sums = [tokens.sum().item() for tokens in torch.cat(nats).cpu().split(sizes)]
+    likelihoods = []
+    for prompt in prompts:
+        n = len(prompt.options)
+        likelihoods.append(sums[:n])
+        sums = sums[n:]
+    return likelihoods
+
+
+def score(model, prompts: list[list[Prompt]], items: list[Item], answers: Answers):
+    """The log-likelihood of every choice of every item: a list of lists.
+
+    Batch by batch they join the file of answers. What it already has is not computed again.
+    """
+    labels = {i: item.answer for i, item in enumerate(items)}
+    lengths = [max(len(prompt.tokens) for prompt in group) for group in prompts]
+    todo = [i for i in range(len(items)) if i not in answers.kept]
+    todo.sort(key=lambda i: -lengths[i])  # alike lengths together: little padding
+    right = sum(best_place(nats) == labels[i] for i, nats in answers.kept.items())
+
+    options = {"total": len(items), "initial": len(answers.kept), "unit": "question"}
+    with tqdm(**options, desc="choice", leave=False, disable=None) as bar:
+        while todo:
+            most = max(len(prompts[i]) for i in todo)
+            n = max(1, MOST_TOKENS // (lengths[todo[0]] * most))
+            batch, todo = todo[:n], todo[n:]
+            flat = [prompt for i in batch for prompt in prompts[i]]
+            likelihoods = iter(log_likelihoods(model, flat))
+            nats = {}
+            for i in batch:
+                # One prompt with several options, or several prompts with one.
+                nats[i] = []
+                for _ in prompts[i]:
+                    nats[i] += next(likelihoods)
+                right += best_place(nats[i]) == labels[i]
+            answers.add(nats, labels)
+            bar.update(len(batch))
+            bar.set_postfix(accuracy=f"{right / len(answers.kept):.1%}", refresh=False)
+    return [answers.kept[i] for i in range(len(items))]
+
+
+def best_place(values: list[float]) -> int:
+    """Where the largest value stands."""
+    return values.index(max(values))
+
+
+def report(items: list[Item], nats: list[list[float]], form: str, title: str) -> str:
+    """A table of accuracies with their 95 % intervals, and chance beside them."""
+    picked = {"letters" if form == "letters" else "log-likelihood": nats}
+    if form == "full":
+        per_byte = []
+        for item, values in zip(items, nats, strict=True):
+            ends = [end.strip().encode() for _, end in text_pairs(item, form)]
+            pairs = zip(values, ends, strict=True)
+            per_byte.append([value / max(1, len(end)) for value, end in pairs])
+        picked["log-likelihood per byte"] = per_byte
+
+    n = len(items)
+    rows = []
+    for name, values in picked.items():
+        pairs = zip(values, items, strict=True)
+        right = sum(best_place(scores) == item.answer for scores, item in pairs)
+        low, high = share_interval(right, n)
+        rows.append((name, f"{right / n:.1%}", f"{low:.1%} to {high:.1%}"))
+    chance = sum(1 / len(item.choices) for item in items) / n
+    rows.append(("chance", f"{chance:.1%}", ""))
+    return cli.table(rows, header=[title, "right", "95 % interval"])

@@ -1,0 +1,137 @@
+"""What the pages show, from results/ alone: python -m lab.pages
+
+Fills every `<!-- results: NAME -->` ... `<!-- end -->` of README.md and docs/*.md, and draws their
+figures, docs/*.png.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lab.composing import verdict
+from lab.composing.effects import group_runs
+from lab.pages.claims import RESULTS, claims, runs, stored
+from lab.remixing.figures import contest_figures, sweeps_figure
+from lab.remixing.tables import gain_table, main_table, report, sweep_table
+from lab.tools import cli, figures
+from moe import require
+from notebooks import pictures
+
+ROOT = RESULTS.parent
+PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def main(argv=None) -> int:
+    """Fill the pages and draw the figures -> the exit code."""
+    cli.Parser("lab.pages", description=__doc__).parse(argv)
+    folder = ROOT / "docs"
+    draw_figures(folder)
+    for path, text in filled_pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"filled {path.name}")
+    names = sorted(path.name for path in folder.glob("*.png"))
+    print(f"drew {', '.join(names)}")
+    return 0
+
+
+# ---- pages
+
+
+def filled_pages() -> dict[Path, str]:
+    """Every page, filled. ValueError: a place whose name nobody knows."""
+    blocks = text_blocks()
+
+    def fill(match):
+        start, name, end = match.groups()
+        if name == "claims":  # a table of markdown
+            return start + claims() + end
+        require(name in blocks, f"no results are called {name!r}; there are {', '.join(blocks)}")
+        text = blocks[name]().strip("\n")
+        return f"{start}```text\n{text}\n```\n{end}"
+
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return {path: PLACE.sub(fill, path.read_text(encoding="utf-8")) for path in paths}
+
+
+def text_blocks() -> dict:
+    """Name of a place -> the function that makes its text."""
+    blocks = {path.stem: partial(path.read_text, "utf-8") for path in RESULTS.glob("*.txt")}
+    return blocks | {
+        "train_toy": train_toy_excerpt,
+        "remix": lambda: report(stored("remix-skills-test")),
+        "remix-strict": partial(stored_table, "remix-skills-test-strict"),
+        "remix-stories": partial(stored_table, "remix-stories-test"),
+        "ablation": lambda: sweep_table(stored("remix-skills-dev-ablation")),
+        "compare": partial(declared_report, "compare"),
+        "second": partial(declared_report, "second"),
+        "gain": partial(stored_gain, "gain"),
+        "gain-half": partial(stored_gain, "gain-half"),
+        "trend": lambda: "\n".join(verdict.trend_lines(runs("trend", "second"))),
+        "sweep": learning_rates,
+    }
+
+
+def train_toy_excerpt() -> str:
+    """What train_toy.py prints first, and its taste of re-mixing."""
+    paragraphs = (RESULTS / "train_toy.txt").read_text(encoding="utf-8").split("\n\n")
+    return "\n\n".join([paragraphs[0], paragraphs[2], paragraphs[3]])
+
+
+def stored_table(name: str) -> str:
+    """The main table of a contest of re-mixing."""
+    result = stored(name)
+    return main_table(result["rows"], result["costs"])
+
+
+def stored_gain(name: str) -> str:
+    """What re-mixing gains on Cartesian and on fine-grained models."""
+    return gain_table(stored(f"{name}-cartesian"), stored(f"{name}-fine_grained"))
+
+
+def declared_report(name: str) -> str:
+    """The report on the runs of a declared test."""
+    return verdict.comparison_report(runs(name), 2500, verdict.DECLARED[name])
+
+
+def learning_rates() -> str:
+    """The runs at which learning rates were chosen, after 800 and after 2500 steps."""
+    tables = []
+    for steps in (800, 2500):
+        kinds = group_runs(runs("sweep"), steps)
+        tables.append(verdict.overview_table(kinds, steps))
+    return "\n\n".join(tables)
+
+
+# ---- figures
+
+
+def draw_figures(folder: Path):
+    """Draw every figure of the pages."""
+    pictures.remixing().savefig(folder / "idea.png")
+
+    # CartesianMoE
+    verdict.draw_figures(runs("compare"), 2500, folder)
+    verdict.draw_trend(runs("trend", "second"), folder / "trend.png")
+
+    # C3PO
+    contest_figures(stored("remix-skills-test"), str(folder / "remix"))
+    title = "NGD with one setting varied at a time (3 seeds, dev)"
+    sweeps_figure(stored("remix-skills-dev-ablation"), title, folder / "ablation.png")
+
+    # Routing
+    for name in ("skills", "stories"):
+        special = stored(f"routing-{name}")
+        figures.routing_figure(
+            np.array(special["shares"])[:, :12],
+            np.array(special["load"]),
+            special["kinds"][:12],
+            special["places"],
+            f"Which expert does what: {name}, one seed",
+            folder / f"routing-{name}.png",
+        )
+
+
+if __name__ == "__main__":
+    cli.program(main)

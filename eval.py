@@ -37,7 +37,7 @@ from lab.scores.evaluation import places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, runs
 from lab.tools.report import label
-from lab.tools.statistics import share_interval
+from lab.tools.statistics import scipy_stats, share_interval
 from moe import MoETransformer, require
 from remix import RemixConfig
 
@@ -263,6 +263,8 @@ def remix_command(argv) -> int:
     if beside and len(beside) != len(folders):
         fault = f"--beside names {len(beside)} runs for {len(folders)}"
         raise cli.Usage(f"{fault}; expected one for each, of its seed")
+    if len(folders) > 2:
+        scipy_stats()  # for the tests at the end: better missed now than then
     router = chosen_router(flags)
     torch.set_num_threads(max(1, flags["threads"]))
 

@@ -24,6 +24,7 @@ from lab.scores.evaluation import final_scores, places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, report, runs
 from lab.tools.settings import TrainConfig, new_folder, new_settings, resumed_settings
+from lab.tools.statistics import scipy_stats
 from moe import MoEConfig, Router, require
 
 # ------------------------------------------------------------------------------------------- runs
@@ -40,6 +41,8 @@ def main(argv=None) -> int:
         train, sizes = new_settings(given)
     if sizes.top_k == 1 and sizes.norm_topk and train.model == "moe":
         raise cli.Usage("top_k 1 with norm_topk: the router gets no gradient; use --no-norm-topk")
+    if train.seeds > 1:
+        scipy_stats()  # for the intervals at the end: better missed now than then
     train.threads = train.threads or torch.get_num_threads()
     torch.set_num_threads(train.threads)
 

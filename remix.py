@@ -181,7 +181,7 @@ def kernel_regression(core: Core, loss, near: Neighbours, config: RemixConfig):
     """
     mean = torch.einsum("nk,nkre->nre", near.weight, near.pathways[near.index])
     best, least = core.start, loss(core.start)
-    for share in torch.linspace(0.1, 1.0, 10):
+    for share in [tenths / 10 for tenths in range(1, 11)]:
         w = core.rescale((1 - share) * core.start + share * mean)
         value = loss(w)  # (n,)
         best = torch.where((value < least)[:, None, None], w, best)

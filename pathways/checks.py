@@ -51,12 +51,12 @@ def require_layers(spec: str, n: int):
     )
 
 
-def require_enough(correct, usable, allowed, k: int):
-    """Enough references that may help: correct (m,), usable (n, m), allowed (n, m) or None."""
-    if allowed is not None:
-        shape, expected = tuple(allowed.shape), tuple(usable.shape)
-        require(shape == expected, f"allowed has shape {shape}; expected {expected}")
+def require_enough(correct, allowed, n: int, k: int):
+    """Enough references that may help n prompts: correct (m,), allowed (n, m) or None."""
     m, n_correct = len(correct), int(correct.sum())
+    if allowed is not None:
+        shape, expected = tuple(allowed.shape), (n, m)
+        require(shape == expected, f"allowed has shape {shape}; expected {expected}")
     require(
         n_correct > 0,
         f"the model answers none of the {m} references right: there is nothing to learn from",

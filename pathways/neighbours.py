@@ -46,11 +46,11 @@ def find_neighbours(
 
     allowed (n, m) bool: further limits who may be chosen. embeddings (n, X): with embedding "own".
     """
+    require_enough(references.correct, allowed, len(tokens), config.k)
     # Only references that the model answers right may help, and none that is nearly the prompt.
     usable = references.correct & ~near_copies(references, tokens, lengths)  # (n, m)
     if allowed is not None:
         usable = usable & allowed
-    require_enough(references.correct, usable, allowed, config.k)
     cosine = similarity(config.embedding, tail, references, tokens, lengths, embeddings)  # (n, m)
     return nearest(cosine, usable, tail.pathways(references), config)
 

@@ -81,6 +81,7 @@ def test_block_equals_its_equations(name):
 # ---- what every transformer of ours must be
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", DENSE + FIXED + ROUTED)
 def test_padding_and_cache(name):
     """Decoding with a cache, over padded prompts, equals one pass over each prompt alone.
@@ -299,6 +300,7 @@ def test_hash_routing_knows_only_the_token():
 # ---- presets and old runs
 
 
+@pytest.mark.full
 def test_presets_match():
     """842 million parameters in all and 247 activated, as in the paper, where it is meant."""
     others = {"dense_paper": 162, "smoe_top3": 255, "top_p": 842}
@@ -365,6 +367,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused(call, message):
     """What cannot be compared fairly, or is no model, is refused."""

@@ -167,6 +167,7 @@ def test_prompts(folder):
         texts("full", context=1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", ["letters", "full"])
 def test_scores_equal_transformers(form, folder, tmp_path, capsys, monkeypatch):
     """Log-likelihoods are those of transformers on one prompt at a time; a rerun continues."""
@@ -270,6 +271,7 @@ MISTAKES = {  # the flags behind --model, and what is said of them
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("flags", MISTAKES)
 def test_mistakes(flags, folder, tmp_path, monkeypatch):
     """A mistake is told in one line, and changes no file."""

@@ -154,6 +154,7 @@ def test_pooled_counts():
     assert (row["gain"], row["each"]) == (-0.5, [0.5, 0.5])
 
 
+@pytest.mark.full
 def test_contest_and_report(arena):
     """Three runs: a table, tests over the seeds; and the contest beside itself, in pairs."""
     names = ["NGD", "kernel regression", "oracle", "oracle's null"]
@@ -166,6 +167,7 @@ def test_contest_and_report(arena):
     assert "+0.0% (+0.0% to +0.0%)" in gain_table(result, result)
 
 
+@pytest.mark.full
 def test_sweeps():
     """Every variation runs; those that are NGD as it is gain the same."""
     result = sweeps([an_arena((3, 3, 3), 90, n_layers=4, n_experts=16)])

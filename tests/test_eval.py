@@ -203,6 +203,7 @@ def test_wrong_usage(capsys, line, code, message):
     assert message in error and "\n" not in error
 
 
+@pytest.mark.full
 def test_commands_that_a_run_cannot_answer(capsys):
     """A dense model has no routing, a skills model tells no stories, a MoE composes nothing."""
     assert call(train_toy, f"{SMALL} --model dense --out out/dense") == 0

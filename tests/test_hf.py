@@ -135,6 +135,7 @@ class Other(Router):
     """Another routing rule."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -256,6 +257,7 @@ WRONG_SETTINGS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", WRONG_SETTINGS)
 def test_wrong_settings(name, good):
     """What config.json asks for and we do not compute is refused by the name of its key."""
@@ -341,6 +343,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files(name, good, tmp_path, capsys):
     """The command line and `load` say in one line what is wrong, and take no memory for it."""

@@ -186,6 +186,7 @@ def test_documents_of_any_line_ends(tmp_path):
     assert list(texts.documents(path)) == [long, f"a {END}\n{END} b", "last"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("suffix", "old", "new", "message"),
     [
@@ -217,6 +218,7 @@ BAD = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
 def test_bad_text(load, tmp_path, content, message):
     """A text that cannot be learnt from is refused in one line, and leaves no half file."""

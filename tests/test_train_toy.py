@@ -174,6 +174,7 @@ def test_dense_twin(capsys):
     assert "all dense" in capsys.readouterr().out
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("name", "guess"), [("tinystories", "7.62"), ("bytes", "5.55")])
 def test_text(folder, capsys, name, guess):
     """A text of one's own trains with our tokenizer or with bytes, and ends with three samples."""
@@ -288,6 +289,7 @@ def test_absent_device(capsys):
     assert "--device cuda: this machine (or this build" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_resume_with_other_flags(capsys):
     """A run is resumed with its own settings only; each flag that differs is named."""
     assert call(f"{SMALL} --out run") == 0
@@ -307,6 +309,7 @@ def spoil_state():
     save_file(tensors, path, meta)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -762,10 +762,15 @@ def require_tokens(tokens, vocab_size: int):
         len(shape) == 2 and tokens.numel() > 0,
         f"tokens have shape {shape}; expected (B, T), not empty",
     )
+    require_in_vocabulary("tokens", tokens, vocab_size)
+
+
+def require_in_vocabulary(what: str, tokens, vocab_size: int):
+    """ValueError unless all tokens are of the vocabulary."""
     low, high = (int(each) for each in tokens.aminmax())
     require(
         0 <= low <= high < vocab_size,
-        f"tokens go from {low} to {high}; the vocabulary goes from 0 to {vocab_size - 1}",
+        f"{what} go from {low} to {high}; the vocabulary goes from 0 to {vocab_size - 1}",
     )
 
 

@@ -7,7 +7,7 @@ import difflib
 
 import torch
 
-from moe import require
+from moe import require, require_in_vocabulary
 
 TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")
 EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")
@@ -33,10 +33,7 @@ def require_config(config, surrogates, kernels):
 
 def require_layers(spec: str, n: int):
     """Critical layers that exist, of n blocks with routers."""
-    require(
-        n > 0,
-        "this model has no routers (it is dense, or routes by hash): there is nothing to re-mix",
-    )
+    require_routers(n)
     kind, _, count = spec.partition(":")
     if spec == "all":
         return
@@ -98,15 +95,6 @@ def one_of(what: str, name: str, known):
     raise ValueError(f"unknown {what} {name!r}; did you mean {near}? There are {names}")
 
 
-def require_in_vocabulary(what: str, tokens, vocab_size: int):
-    """ValueError unless all tokens are of the vocabulary."""
-    low, high = (int(token) for token in tokens.aminmax())
-    require(
-        0 <= low <= high < vocab_size,
-        f"{what} go from {low} to {high}; the vocabulary goes from 0 to {vocab_size - 1}",
-    )
-
-
 def require_options(whose: str, options, labels, vocab_size: int):
     """ValueError unless options are (n, O), of the vocabulary, and hold the labels (n,)."""
     shape, n = tuple(options.shape), len(labels)
@@ -157,10 +145,10 @@ def require_labels(tokens, lengths, labels, options, vocab_size: int, token: str
     require_one_length(token, lengths, int(lengths[0]))
 
 
-def require_routers(model):
-    """ValueError for a model that has none."""
+def require_routers(n: int):
+    """A model that has routers, n of them or of blocks that have some."""
     require(
-        len(model.routers()) > 0,
+        n > 0,
         "this model has no routers (it is dense, or routes by hash): there is nothing to re-mix",
     )
 

@@ -69,7 +69,7 @@ class ReferenceSet:
         )
         tokens, lengths = padded(prompts, vocab_size)
         require_labels(tokens, lengths, labels, options, vocab_size, token)
-        require_routers(model)
+        require_routers(len(model.routers()))
         corpus_tokens, corpus_lengths = None, None
         if corpus is not None:
             corpus_tokens, corpus_lengths = padded(corpus, vocab_size)

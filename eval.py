@@ -153,17 +153,15 @@ def routing_command(argv) -> int:
             rows.append((expert, text))
         print(cli.table(rows, header=[name, "takes most of"], left=2), end="\n\n")
 
-    # Draw the most frequent kinds, and which experts work together.
-    path, together_path = folder / "routing.png", folder / "together.png"
+    # Draw the most frequent kinds.
+    path = folder / "routing.png"
     shares, kinds = special.shares[:, :12], special.kinds[:12]
     title = f"Which expert does what: {folder}, {split}"
     figures.routing_figure(shares, special.load, kinds, names, title, path)
-    title = f"Experts that work together: {folder}, {split}"
-    figures.together_figure(special.together, shares, names, title, together_path)
-    print(f"wrote {path} and {together_path}")
+    print(f"wrote {path}")
 
     numbers = {"places": names, "kinds": special.kinds}
-    for name in ("load", "shares", "together", "entropy", "top"):
+    for name in ("load", "shares", "entropy", "top"):
         numbers[name] = getattr(special, name).round(4).tolist()
     return save_scores(folder, f"routing-{split}", numbers)
 

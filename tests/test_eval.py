@@ -77,11 +77,11 @@ def test_perplexity_is_the_mean_over_all_tokens(run, tales, capsys):
 
 
 def test_routing_counts_every_visit(run, tales, capsys):
-    """Loads, shares of a kind, co-activation and entropy are those of a plain count."""
+    """Loads, shares of a kind and entropy are those of a plain count."""
     assert call(eval_py, f"routing {run}") == 0
     text = capsys.readouterr().out
     assert "layer 1" in text and "takes most of" in text
-    assert (run / "together.png").exists() and (run / "routing-dev.json").exists()
+    assert (run / "routing.png").exists() and (run / "routing-dev.json").exists()
 
     model, _ = runs.load(run)
     special = specialisation(model, tales, "dev", n_kinds=100)
@@ -89,8 +89,6 @@ def test_routing_counts_every_visit(run, tales, capsys):
     routing = model(tokens).routing[1]
     visits = F.one_hot(routing.experts, 4).sum(1).float()  # (N, E)
     np.testing.assert_allclose(special.load[1], visits.mean(0), atol=1e-6)
-    both = (visits[:, 0] * visits[:, 3]).sum() / visits[:, 0].sum()
-    assert special.together[1, 0, 3] == pytest.approx(both.item())
     the = tokens.flatten() == tales.encoding.encode_single_token(" the")
     shares = special.shares[1, special.kinds.index("' the'")]
     np.testing.assert_allclose(shares, visits[the].mean(0), atol=1e-6)

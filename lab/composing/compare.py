@@ -4,7 +4,7 @@ python -m lab.composing.compare train --data-file TEXT --presets cartesian,fine_
 python -m lab.composing.compare table     what the results file says, for one number of --steps
 
 `train` trains the runs that the results file lacks, and adds a line to it for each. It continues
-what was cut off, and several processes may share the work. All presets see the same batches.
+what was cut off. All presets see the same batches.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,9 +36,6 @@ from moe import MoEConfig, require
 SAME = ("data", "tokenizer", "device")
 SIZES = ("d_model", "n_layers", "context", "vocab_size")
 FREE = {"preset", "seed", "lr", "steps", "eval_every", *SAME}
-# What tells one run from another, and what else its line has to say.
-IDENTITY = ("preset", "lr", "norm_topk", "dropout", "seed", "steps", *SAME)
-SCORES = ("total", "activated", "step", "train", "dev", "test", "settings")
 
 
 @dataclass
@@ -104,17 +100,15 @@ def train(plan: Plan) -> int:
         # Seed by seed, so that pairs are complete early.
         for seed, name in itertools.product(plan.seed_list, plan.preset_list):
             run = {"preset": name, "seed": seed} | settings
+            if any(run.items() <= line.items() for line in read_runs(plan.results)):
+                continue
             folder = run_folder(plan.out, run)
-            with locked(folder) as free:
-                done = any(run.items() <= line.items() for line in read_runs(plan.results))
-                if done or not free:
-                    continue
-                train_run(folder, run, text, interrupt)
-                if interrupt.asked:
-                    return 130
-                line = run | measure_run(folder, task)
-                append_line(plan.results, line)
-                (folder / "state.safetensors").unlink()  # it was for resuming only
+            train_run(folder, run, text, interrupt)
+            if interrupt.asked:
+                return 130
+            line = run | measure_run(folder, task)
+            append_line(plan.results, line)
+            (folder / "state.safetensors").unlink()  # it was for resuming only
             perplexity, seconds = line["dev"]["perplexity"], line["seconds"]
             print(f"{folder}: dev {perplexity:.3f}, {seconds:.0f} s", flush=True)
     return 0
@@ -137,25 +131,10 @@ def run_folder(out: str, run: dict) -> Path:
     return Path(out, "-".join(marks))
 
 
-@contextmanager
-def locked(folder: Path):
-    """Keep other processes from a folder. Yields false where one of them is already at it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / "lock"
-    try:
-        lock.touch(exist_ok=False)
-    except FileExistsError:
-        print(f"{folder}: another process is at it; if none is, delete {lock}", flush=True)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.unlink()
-
-
 def train_run(folder: Path, run: dict, text: dict, interrupt: cli.Interrupt):
     """Train a run by train_toy.py, from where its folder stands. ValueError if that fails."""
+    # Continue the run, or start it.
+    folder.mkdir(parents=True, exist_ok=True)
     flags = [f"--resume={folder}"]
     if not (folder / "state.safetensors").exists():
         names = ("preset", "seed", "steps", "lr", "dropout", "device")
@@ -164,6 +143,8 @@ def train_run(folder: Path, run: dict, text: dict, interrupt: cli.Interrupt):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         if run["norm_topk"]:
             flags.append("--norm-topk")
+
+    # What it prints goes to a file, whose last line tells why it failed, if it did.
     with open(folder / "report.txt", "a+", encoding="utf-8") as report:
         command = [sys.executable, "-m", "train_toy", *flags]
         code = subprocess.call(command, stdout=report, stderr=report)
@@ -223,7 +204,7 @@ def race(names: list[str], turns: int):
 
 
 def append_line(path: str, line: dict):
-    """Add a line to a file, whoever else does so."""
+    """Add a line to a file, to which other processes may do so too."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     data = json.dumps(line).encode() + b"\n"
     with open(path, "ab", buffering=0) as file:  # unbuffered: a single write, in one piece
@@ -236,42 +217,30 @@ def append_line(path: str, line: dict):
 def read_runs(path: str) -> list[dict]:
     """The lines of a results file, none if there is no such file.
 
-    ValueError for a line that is no result of ours, or a run that is there twice.
+    ValueError for a line that is no JSON, such as one that was cut off.
     """
     if not Path(path).exists():
         return []
     lines = []
-    seen = set()
     for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        place = f"{path}: line {number} is"
         try:
-            line = json.loads(text)
-            lacks = {*IDENTITY, *SCORES} - line.keys() or {line["preset"]} - PRESETS.keys()
-        except (ValueError, AttributeError):
-            lacks = {"an object of JSON"}
-        problem = f"missing or unknown: {', '.join(sorted(lacks))}"
-        require(not lacks, f"{place} no run of lab.composing.compare ({problem}); take it out")
-        identity = tuple(line[name] for name in IDENTITY)
-        twice = "a run that another line has; take one of them out"
-        require(identity not in seen, f"{place} {twice}")
-        seen.add(identity)
-        lines.append(line)
+            lines.append(json.loads(text))
+        except ValueError:
+            raise ValueError(f"{path}: line {number} is no run; take it out") from None
     return lines
 
 
 def require_comparable(lines: list[dict], path: str):
     """ValueError for runs that cannot be compared, with how they differ."""
-    # All values of what should not differ.
+    # Collect all values of what should not differ.
     values = defaultdict(set)
     for line in lines:
-        for name in SAME:
-            values[name].add(str(line[name])[:12])
-        for name, value in line["settings"]["model"].items():
-            if name in SIZES:
-                values[name].add(str(value))
-        for name, value in line["settings"]["train"].items():
-            if name not in FREE:
-                values[name].add(str(value))
+        model, train = line["settings"]["model"], line["settings"]["train"]
+        same = {name: str(line[name])[:12] for name in SAME}
+        same |= {name: model[name] for name in SIZES if name in model}
+        same |= {name: value for name, value in train.items() if name not in FREE}
+        for name, value in same.items():
+            values[name].add(str(value))
 
     mixed = [f"{name} {', '.join(sorted(v))}" for name, v in values.items() if len(v) > 1]
     problem = f"{path} would mix runs that cannot be compared: {'; '.join(mixed)}"
@@ -282,11 +251,9 @@ def table(plan: Plan) -> int:
     """Print what the results file says of the runs of so many steps; draw figures beside it."""
     lines = read_runs(plan.results)
     require_comparable(lines, plan.results)
-    known = sorted({line["steps"] for line in lines}) or "none"
-    require(
-        any(line["steps"] == plan.steps for line in lines),
-        f"{plan.results}: no run has {plan.steps} steps; there are runs of {known}",
-    )
+    steps = sorted({line["steps"] for line in lines})
+    problem = f"{plan.results}: no run has {plan.steps} steps"
+    require(plan.steps in steps, f"{problem}; there are runs of {steps or 'none'}")
     path = Path(plan.results)
     print(comparison_report(lines, plan.steps, DECLARED.get(path.stem, "")))
     draw_figures(lines, plan.steps, path.parent)

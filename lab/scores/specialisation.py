@@ -18,7 +18,6 @@ class Specialisation(NamedTuple):
     load: np.ndarray  # (L, E) the share of all tokens that visit an expert
     shares: np.ndarray  # (L, R, E) the share of the tokens of a kind that do
     kinds: list[str]  # (R,)
-    together: np.ndarray  # (L, E, E) the share of expert i's tokens that also visit expert j
     entropy: np.ndarray  # (L,) mean entropy of a token's probabilities, divided by its maximum ln E
     top: np.ndarray  # (L,) mean probability of the first choice
 
@@ -49,11 +48,6 @@ def specialisation(model, task, split: str = "test", n_kinds: int = 12) -> Speci
     shares = [visits[:, kind == place].mean(1) for place in range(len(names))]
     shares = torch.stack(shares, dim=1)  # (L, R, E)
 
-    # Count the tokens that visit both i and j, and divide by those that visit i.
-    both = visits.mT @ visits  # (L, E, E)
-    counts = visits.sum(1).clamp(min=1)  # (L, E)
-    together = both / counts[:, :, None]
-
     # Measure how sure the routers are. With one expert they always are.
     surprise = -(probs * probs.clamp(min=1e-12).log()).sum(-1)  # (L, N) nats
     n_experts = probs.shape[-1]
@@ -61,11 +55,4 @@ def specialisation(model, task, split: str = "test", n_kinds: int = 12) -> Speci
     entropy = surprise.mean(1) / largest  # (L,)
     top = probs.max(-1).values.mean(1)  # (L,)
 
-    return Specialisation(
-        load.numpy(),
-        shares.numpy(),
-        names,
-        together.numpy(),
-        entropy.numpy(),
-        top.numpy(),
-    )
+    return Specialisation(load.numpy(), shares.numpy(), names, entropy.numpy(), top.numpy())

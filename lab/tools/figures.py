@@ -212,30 +212,3 @@ def routing_figure(
     fig.colorbar(image, ax=list(axes[:, 1]), label="tokens that visit it (%)", pad=0.01)
     fig.suptitle(title + "   (dashed: even load)", color=INK)
     return keep(fig, path)
-
-
-def together_figure(
-    together: np.ndarray,
-    shares: np.ndarray,
-    places: list[str],
-    title: str,
-    path: Path | None = None,
-):
-    """Co-activation: together (L, E, E) is the share of expert i's tokens that also visit j."""
-    L, E, _ = together.shape  # L routers
-    fig, axes = panels(L, 2.6, [3.1])
-    largest = 100 * np.nanmax(together - np.eye(E))
-    size = 5 if E <= 24 else 3  # of the labels
-    for router, (ax,) in enumerate(axes):
-        order = preference(shares[router])
-        percent = 100 * together[router][np.ix_(order, order)]
-        np.fill_diagonal(percent, np.nan)  # an expert is always together with itself
-        image = ax.imshow(percent, cmap="magma_r", vmin=0, vmax=largest)
-        ax.set(title=places[router], xticks=range(E), yticks=range(E), xlabel="also visit expert")
-        ax.set_xticklabels(order, fontsize=size)
-        ax.set_yticklabels(order, fontsize=size)
-        if router % 2 == 0:  # on the left
-            ax.set_ylabel("tokens of expert")
-    fig.colorbar(image, ax=list(axes[:, 0]), label="share (%)", pad=0.01)
-    fig.suptitle(title, color=INK)
-    return keep(fig, path)

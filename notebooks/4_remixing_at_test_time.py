@@ -431,7 +431,7 @@ pathway_figure(panels, places(model), "The prompt's pathway, and its neighbours'
 #   much, the neighbours mean nothing;
 # - **kNN vote**: the neighbours' labels vote, and no model is asked. If that is as good, no
 #   re-mixing is needed;
-# - **prefix tuning**: the same descent on the same neighbours' loss, but of a few keys and values
+# - **prefix for each**: the same descent on the same neighbours' loss, but of a few keys and values
 #   before the prompt, in every layer, not of its pathway. A rival from outside the world of
 #   experts.
 #
@@ -442,7 +442,7 @@ pathway_figure(panels, places(model), "The prompt's pathway, and its neighbours'
 # %%
 arena = Arena(model, asked.tokens, asked.labels, references, about=asked, task="skills", seed=SEED)
 surrogates = ("mode finding", "kernel regression", "NGD")
-others = ("random neighbours", "kNN vote", "prefix tuning", "oracle", "oracle's null")
+others = ("random neighbours", "kNN vote", "prefix for each", "oracle", "oracle's null")
 outcomes = compete(arena, surrogates + others)
 rows = pooled([outcomes], [arena.clusters])
 print(main_table(rows, costs={}))
@@ -493,7 +493,7 @@ lines = []
 for subset, inside in subsets(arena).items():  # inside (n,) bool
     results = pooled([outcomes], [arena.clusters], [inside])
     line = [subset, inside.sum()]
-    for name in ("base", "NGD", "random neighbours", "prefix tuning", "oracle"):
+    for name in ("base", "NGD", "random neighbours", "prefix for each", "oracle"):
         line.append(f"{results[name]['accuracy']:.0%}")
     line.append("{low:+.0%} to {high:+.0%}".format(**results["NGD"]))
     lines.append(line)

@@ -12,6 +12,7 @@ it from top to bottom. The fast forms in moe.py, cartesian.py and remix.py are t
     share_out                           which entries of a pathway may change
     ngd, kernel_regression,             the three methods of C3PO
     mode_finding
+    correction, corrected               what descent changes on a reference, carried over
 
 At the end stand small models that several tests share.
 
@@ -203,6 +204,20 @@ def mode_finding(own, others, k, steps, alpha, n_core):
         mean = sum(share * others[i] for share, i in zip(weight, near, strict=True))
         w = share_out(own, alpha * w + (1 - alpha) * mean, n_core)
     return w
+
+
+def correction(own, loss, steps, lr, n_core):
+    """What NGD changes on a reference's own pathway (R, E), in logits; loss: of its own label."""
+    mended, _ = ngd(own, loss, steps, lr, n_core)
+    return mended.log() - own.log()
+
+
+def corrected(own, corrections, weights, scale, n_core):
+    """A prompt's own pathway (R, E), and the weighted sum of its neighbours' corrections."""
+    z = own.log()
+    for change, weight in zip(corrections, weights, strict=True):
+        z = z + scale * weight * change
+    return share_out(own, z.exp(), n_core)
 
 
 # -------------------------------------------------------------------------------- what tests share

@@ -2,8 +2,11 @@
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import by_hand
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from lab.remixing import cost
 from lab.remixing.arena import Arena, Outcome, own_answers
 from lab.remixing.contest import contest, pooled
 from lab.remixing.controls import wrong_labels
+from lab.remixing.corrections import corrections
 from lab.remixing.methods import METHODS, Method, answered, settings_of
 from lab.remixing.rivals import tuned_model
 from lab.remixing.sweeps import sweeps
@@ -52,7 +56,7 @@ def test_no_method_sees_a_label(arena, name):
 
     Each method is deterministic, and leaves the model and its own answers as they were."""
     weights = [weight.clone() for weight in arena.model.parameters()]
-    brief = {"steps": 5, "batch": 8} if METHODS[name].trains_weights else {}
+    brief = {"steps": 5, "batch": 8} if METHODS[name].trains_once else {}
     first = answered(name, arena, **brief)
     assert torch.equal(first.logits, answered(name, arena, **brief).logits)
     assert torch.equal(first.logits_before, own_answers(arena).logits)
@@ -81,6 +85,43 @@ def test_every_method_has_settings(arena):
         Method(own_answers)
 
 
+@pytest.mark.parametrize("core", [None, 3], ids=["all experts", "core experts"])
+def test_corrections_by_hand(arena, core):
+    """Every reference is mended by full forwards, whether or not it was right; then no gradient.
+
+    One neighbour of weight 1 gives all of its correction; a scale of 0 changes nothing."""
+    arena = replace(arena, config=replace(arena.config, steps=2, lr=0.3, core=core))
+    model, references = arena.model, arena.references
+    solved = [
+        row[:length] for row, length in zip(references.tokens, references.lengths, strict=True)
+    ]
+    changes = []
+    for i, own in enumerate(references.pathways[:, 0]):
+        itself = {"prompts": [solved[i]], "labels": [references.labels[i]], "weights": [1]}
+        loss = partial(by_hand.neighbour_loss, model, **itself)
+        changes.append(by_hand.correction(own, loss, steps=2, lr=0.3, n_core=core or 8))
+    changes = torch.stack(changes)
+    assert (changes.abs().amax((1, 2)) > 0.01).all()
+
+    result = corrections(arena, scale=1.5, k=2)
+    near = result.neighbours
+    assert not references.correct[near.index].all()
+    for i, own in enumerate(result.pathway_before):
+        theirs = changes[near.index[i]], near.weight[i]
+        w = by_hand.corrected(own, *theirs, scale=1.5, n_core=core or 8)
+        prompt = arena.tokens[i, : arena.lengths[i]]
+        logits, _ = by_hand.answer_along(model, prompt, w)
+        close((result.pathway[i], result.logits[i]), (w, logits), 1e-6)
+
+    alone = corrections(arena, k=1)
+    change = changes[alone.neighbours.index[:, 0]]
+    if core is None:
+        expected = (alone.pathway_before.log() + change).softmax(-1)
+        close(alone.pathway, expected, 1e-6)
+    still = corrections(arena, scale=0.0)
+    close(still.pathway, still.pathway_before)
+
+
 def test_in_context_is_a_longer_prompt(arena):
     """The solved neighbours stand before the prompt, the nearest last. A vote counts labels."""
     logits = answered("in-context", arena).logits
@@ -97,7 +138,7 @@ def test_in_context_is_a_longer_prompt(arena):
         close(votes[i].float(), expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["soft prompt", "prefix tuning"])
+@pytest.mark.parametrize("name", ["soft prompt for each", "prefix for each"])
 def test_a_prompt_before_the_prompt(arena, name):
     """Without a step both are their start: two mean embeddings before the prompt."""
     logits = answered(name, arena, length=2, steps=0).logits

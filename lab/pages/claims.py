@@ -137,7 +137,7 @@ def remixing_rows(result: dict) -> list[tuple]:
         (
             "it beats prefix tuning and soft prompts (here fitted to each prompt)",
             "71.3 and 72.2",
-            *ngd_minus(rows, "prefix tuning", "soft prompt"),
+            *ngd_minus(rows, "prefix for each", "soft prompt for each"),
         ),
         (
             "there is more to win (the oracle)",

@@ -17,13 +17,11 @@ from lab.remixing.controls import wrong_labels
 from lab.remixing.cost import counted
 from lab.remixing.methods import METHODS, answered
 from lab.remixing.rivals import larger_model
-from lab.remixing.tables import SHOWN, gain_table, main_table
+from lab.remixing.tables import SHOWN, TESTS, gain_table, main_table
 from lab.scores.evaluation import places
 from lab.tools import cli, statistics
 from moe import require
 from pathways import best_token, near_copies
-
-TESTS = ("base", "random neighbours", "kernel regression")  # NGD against each: named beforehand
 
 
 def compete(arena: Arena, names, given: dict | None = None) -> dict[str, Outcome]:
@@ -96,13 +94,15 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
         sizes[subset] = float(np.mean([mask.mean() for mask in kept]))
 
     n = len(arenas[0].labels)
+    multiples, once = costs(arenas[0].first(64), names, given, n)
     result = {
         "title": title,
         "runs": [folder.name for folder in folders],
         "seeds": [arena.seed for arena in arenas],
         "prompts": n,
         "rows": rows,
-        "costs": costs(arenas[0].first(64), names, given, n),
+        "costs": multiples,
+        "once": once,
         "subsets": gains,
         "sizes": sizes,
         "duplicates": sum(dropped_copies(arena) for arena in arenas),
@@ -114,13 +114,20 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
             if name in rows:
                 outcomes = [run[name] for run in runs]
                 result["errors"][name] = mistakes(outcomes, arenas)
-    if len(runs) > 2 and "NGD" in rows:
-        ngd = rows["NGD"]["each"]
-        tests = [name for name in TESTS if name in rows]
-        result["p"] = {name: statistics.paired(ngd, rows[name]["each"]) for name in tests}
+    if len(runs) > 2:
+        result["p"] = declared_tests(rows)
     result["reach"] = reach(arenas[0], given)
     result["example"] = example(arenas[0], given)
     return result
+
+
+def declared_tests(rows: dict[str, dict]) -> dict[str, float]:
+    """The tests named beforehand, two-sided t-tests in pairs over the seeds: rival -> p."""
+    tests = {}
+    for rival, method in TESTS.items():
+        if {rival, method} <= rows.keys():
+            tests[rival] = statistics.paired(rows[method]["each"], rows[rival]["each"])
+    return tests
 
 
 def subsets(arena: Arena) -> dict[str, np.ndarray]:
@@ -137,18 +144,22 @@ def subsets(arena: Arena) -> dict[str, np.ndarray]:
     return {name: mask.numpy() for name, mask in masks.items()}
 
 
-def costs(arena: Arena, names, given: dict, n: int) -> dict[str, float]:
-    """The floating-point operations of each method, everything included, as a multiple of base's.
-
-    Where a method trains weights, that is shared by n prompts."""
-    base = counted(partial(own_answers, arena))
-    multiples = {"base": 1.0}
+def costs(arena: Arena, names, given: dict, n: int) -> tuple[dict, dict]:
+    """The floating-point operations of each method, everything included, in forward passes of base:
+    those for a prompt, and of them those that are paid once, which n prompts share."""
+    size = len(arena.labels)
+    half = arena.first(size // 2)
+    forward = counted(partial(own_answers, arena)) / size
+    multiples, once = {"base": 1.0}, {}
     for name in tqdm(names, leave=False, disable=None, desc="operations"):
-        multiple = counted(partial(answered, name, arena.cold(), given)) / base
-        if METHODS[name].trains_weights:
-            multiple = 1 + (multiple - 1) * len(arena.labels) / n
-        multiples[name] = multiple
-    return multiples
+        total = counted(partial(answered, name, arena.cold(), given)) / forward
+        multiples[name] = total / size
+        if METHODS[name].trains_once:
+            # Half of the prompts cost half as much, but what is paid once.
+            part = counted(partial(answered, name, half.cold(), given)) / forward
+            once[name] = total - size * (total - part) / (size - len(half.labels))
+            multiples[name] = (total - once[name]) / size + once[name] / n
+    return multiples, once
 
 
 def dropped_copies(arena: Arena) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from lab.remixing import controls, rivals
+from lab.remixing import controls, corrections, rivals
 from lab.remixing.arena import Arena
 from moe import require
 
@@ -22,7 +22,7 @@ class Method:
     like: str | None = None  # the method whose settings it shares
     tries: list[dict] = field(default_factory=list)  # what is tried on dev
     tuned: dict[str, dict] = field(default_factory=dict)  # task -> the best of them there
-    trains_weights: bool = False  # once for all prompts, which share the cost
+    trains_once: bool = False  # something for all prompts, which share the cost
     target: Callable | None = None  # (arena) -> (n,) what counts as right, if not the labels
 
     def __post_init__(self):
@@ -57,18 +57,42 @@ METHODS = {
         tries=grid(lr=FIRST_STEP, layers=LAYERS),
         tuned={"skills": {"lr": 0.5, "layers": "all"}, "text": {"lr": 0.1}},
     ),
+    "corrections": Method(
+        corrections.corrections,
+        tries=grid(k=[3, 8, 16, 32], scale=[1.0, 2.0]),
+        tuned={"skills": {"k": 8, "scale": 1.0}},
+        trains_once=True,
+    ),
+    "mended pathways": Method(
+        corrections.mended_pathways,
+        tries=grid(k=[3, 8], share=[0.25, 0.5, 0.75, 1.0]),
+        tuned={"skills": {"k": 8, "share": 0.5}},
+        trains_once=True,
+    ),
     "in-context": Method(
         rivals.in_context,
         tries=grid(k=[1, 2, 3, 4, 6, 8, 10, 12]),
         tuned={"skills": {"k": 2}},
     ),
-    "prefix tuning": Method(
-        rivals.prefix_tuning,
+    "prefix for all": Method(
+        partial(rivals.for_all, kind=rivals.prefix),
+        tries=grid(lr=[3e-3, 1e-2, 3e-2, 1e-1], length=[4, 16]),
+        tuned={"skills": {"lr": 1e-2, "length": 4}},
+        trains_once=True,
+    ),
+    "soft prompt for all": Method(
+        partial(rivals.for_all, kind=rivals.soft_prompt),
+        tries=grid(lr=[3e-3, 1e-2, 3e-2, 1e-1], length=[4, 16]),
+        tuned={"skills": {"lr": 1e-2, "length": 4}},
+        trains_once=True,
+    ),
+    "prefix for each": Method(
+        partial(rivals.for_each, kind=rivals.prefix),
         tries=grid(lr=FIRST_STEP, length=[1, 4]),
         tuned={"skills": {"lr": 2.0, "length": 4}},
     ),
-    "soft prompt": Method(
-        rivals.soft_prompt,
+    "soft prompt for each": Method(
+        partial(rivals.for_each, kind=rivals.soft_prompt),
         tries=grid(lr=FIRST_STEP, length=[1, 4]),
         tuned={"skills": {"lr": 0.5, "length": 4}},
     ),
@@ -76,19 +100,19 @@ METHODS = {
         rivals.router_tuning,
         tries=grid(lr=[1e-3, 3e-3, 1e-2, 3e-2], steps=[100, 300]),
         tuned={"skills": {"lr": 1e-2, "steps": 300}},
-        trains_weights=True,
+        trains_once=True,
     ),
-    "router tuning, RoMA": Method(
+    "RoMA": Method(
         rivals.router_tuning,
         tries=grid(lr=[3e-3, 1e-2], steps=[100, 300], pull=[0.03, 0.3]),
         tuned={"skills": {"lr": 3e-3, "steps": 100, "pull": 0.03}},
-        trains_weights=True,
+        trains_once=True,
     ),
     "full fine-tuning": Method(
         rivals.full_fine_tuning,
         tries=grid(lr=[1e-4, 3e-4, 1e-3, 3e-3], steps=[100, 300]),
         tuned={"skills": {"lr": 3e-3, "steps": 300}},
-        trains_weights=True,
+        trains_once=True,
     ),
     "noisy ensemble": Method(
         controls.noisy_ensemble,
@@ -103,6 +127,9 @@ METHODS = {
     "random neighbours": Method(controls.random_neighbours, like="NGD"),
     "shuffled labels": Method(controls.shuffled_labels, like="NGD"),
     "unfiltered": Method(controls.unfiltered, like="NGD"),
+    "shuffled corrections": Method(
+        corrections.shuffled_corrections, like="corrections", trains_once=True
+    ),
     "kNN vote": Method(
         controls.knn_vote,
         tries=grid(k=[1, 3, 5, 8, 12, 16, 32, 64]),

@@ -7,8 +7,10 @@ comments: see arena.py.
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,23 +79,28 @@ def descend(loss, start, config, normed=True, project=None):
             values = project(values.view(shape)).flatten(1)
 
 
-def soft_prompt(arena: Arena, length: int = 1, **settings):
-    """Embeddings before the prompt, fitted to each prompt's neighbours (Lester et al.,
-    arXiv 2104.08691)."""
+class Front(NamedTuple):
+    """Something that stands before a prompt."""
 
-    def answer(model, soft, tokens, lengths):
+    start: torch.Tensor  # (1, ...) where descent begins
+    answer: Callable  # (fronts (n, ...), tokens, lengths) -> logits (n, V)
+
+
+def soft_prompt(model, length: int) -> Front:
+    """Embeddings before the prompt (Lester et al., arXiv 2104.08691)."""
+
+    def answer(soft, tokens, lengths):
         x = torch.cat([soft, model.embed(tokens)], 1)  # (n, length + T, D)
         valid = torch.arange(x.shape[1]) < lengths[:, None] + length
         return last_logits(model, model.run_blocks(x, valid), valid)
 
-    return fitted(arena, neutral(arena.model, length), answer, settings)
+    return Front(neutral(model, length), answer)
 
 
-def prefix_tuning(arena: Arena, length: int = 1, **settings):
-    """Keys and values before the prompt, in every layer, fitted likewise (Li and Liang,
-    arXiv 2101.00190)."""
+def prefix(model, length: int) -> Front:
+    """Keys and values before the prompt, in every layer (Li and Liang, arXiv 2101.00190)."""
 
-    def answer(model, prefix, tokens, lengths):
+    def answer(prefix, tokens, lengths):
         keys, values = prefix.unbind(1)  # (n, 2, L, G, length, C) -> (n, L, G, length, C) twice
         cache = Cache(
             dict(enumerate(keys.unbind(1))),
@@ -106,11 +113,11 @@ def prefix_tuning(arena: Arena, length: int = 1, **settings):
 
     # The start: keys and values of the soft prompt's start.
     cache = Cache()
-    with frozen(arena.model), torch.no_grad():
-        arena.model.run_blocks(neutral(arena.model, length), cache=cache)
+    with frozen(model), torch.no_grad():
+        model.run_blocks(neutral(model, length), cache=cache)
     keys = torch.stack(list(cache.keys.values()), 1)  # (1, L, G, length, C)
     values = torch.stack(list(cache.values.values()), 1)
-    return fitted(arena, torch.stack([keys, values], 1), answer, settings)
+    return Front(torch.stack([keys, values], 1), answer)
 
 
 def neutral(model, length: int):
@@ -123,12 +130,13 @@ def last_logits(model, x, valid):
     return model.head(x[torch.arange(len(x)), valid.sum(1) - 1])
 
 
-def fitted(arena: Arena, start, answer, settings: dict):
-    """Fit something of each prompt's own on its neighbours, then answer with it.
+def for_each(arena: Arena, kind: Callable, length: int = 1, **settings):
+    """A front for each prompt, fitted to its neighbours by the loss and the steps of NGD.
 
-    start (1, ...): where fits begin. answer: (model, fits, tokens, lengths) -> logits (n, V)."""
+    The paper has no such rival. kind: `soft_prompt` or `prefix`."""
     model, references, neighbours = arena.model, arena.references, arena.neighbours
     config = replace(arena.config, **settings)
+    start, answer = kind(model, length)
     logits = []
     with frozen(model), torch.no_grad():
         for rows in torch.arange(len(arena.tokens)).split(config.batch):
@@ -137,16 +145,53 @@ def fitted(arena: Arena, start, answer, settings: dict):
             labels = references.labels[index]
             solved = trimmed(references.tokens, references.lengths, index)
 
-            def loss(fits, weight=weight, labels=labels, solved=solved):
-                fits = fits.repeat_interleave(weight.shape[1], 0)  # (b, ...) -> (b*k, ...)
-                predicted = answer(model, fits, *solved)  # (b*k, V)
-                nats = F.cross_entropy(predicted, labels, reduction="none")
+            def loss(fronts, weight=weight, labels=labels, solved=solved):
+                fronts = fronts.repeat_interleave(weight.shape[1], 0)  # (b, ...) -> (b*k, ...)
+                nats = F.cross_entropy(answer(fronts, *solved), labels, reduction="none")
                 return (weight * nats.view(weight.shape)).sum(1)  # (b,)
 
-            fits = descend(loss, start.expand(len(rows), *start.shape[1:]), config)
-            asked = trimmed(arena.tokens, arena.lengths, rows)
-            logits.append(answer(model, fits, *asked))
+            fronts = descend(loss, start.expand(len(rows), *start.shape[1:]), config)
+            logits.append(answer(fronts, *trimmed(arena.tokens, arena.lengths, rows)))
     return own_answers(arena)._replace(logits=torch.cat(logits))
+
+
+def for_all(arena: Arena, kind: Callable, length: int = 1, lr=1e-2, steps=100, batch=64):
+    """One front for all prompts, fitted to all usable references: the paper's own rival.
+
+    kind: `soft_prompt` or `prefix`."""
+    references = arena.references
+    usable = references.correct.nonzero()[:, 0]
+    start, answer = kind(arena.model, length)
+    front = start.clone().requires_grad_()
+
+    def answers(tokens, lengths):
+        return answer(front.expand(len(tokens), *front.shape[1:]), tokens, lengths)
+
+    def loss(pick):
+        rows = usable[pick]
+        solved = trimmed(references.tokens, references.lengths, rows)
+        return F.cross_entropy(answers(*solved), references.labels[rows])
+
+    with frozen(arena.model):
+        train([front], loss, len(usable), arena.random(), lr, steps, batch)
+        with torch.no_grad():
+            asked = portions(arena.tokens, arena.lengths)
+            logits = [answers(*portion) for portion in asked]
+    return own_answers(arena)._replace(logits=torch.cat(logits))
+
+
+def train(weights, loss: Callable, m: int, generator, lr: float, steps: int, batch: int):
+    """Train weights by AdamW on some of m references at a time, drawn at random.
+
+    loss: the mean loss of those at some places (batch,)."""
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    for step in range(steps):
+        pick = torch.randint(m, (batch,), generator=generator)
+        loss(pick).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)  # shorter every time
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 # ---------------------------------------------------------------- other weights, for all prompts
@@ -169,11 +214,11 @@ def answers_of(arena: Arena, model):
 
 
 def tuned_model(arena: Arena, only_routers, lr=1e-3, steps=100, batch=64, pull=0.0):
-    """A copy of the model, fitted to all usable references at once by AdamW.
+    """A copy of the model, fitted to all usable references at once.
 
     pull: the weight of RoMA's regulariser (arXiv 2511.07419), the squared distance between a
     reference's pathway and those of its neighbours, as they were, weighed by the kernel."""
-    references, generator = arena.references, arena.random()
+    references = arena.references
     usable = references.correct.nonzero()[:, 0]
     near = neighbours_of_references(arena, usable) if pull else None
 
@@ -183,27 +228,21 @@ def tuned_model(arena: Arena, only_routers, lr=1e-3, steps=100, batch=64, pull=0
         if isinstance(module, Router):
             module.requires_grad_(True)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-
     tail = Tail(model, token=references.token)
-    for step in range(steps):
-        # The loss of some references, drawn at random.
-        pick = torch.randint(len(usable), (batch,), generator=generator)
-        prompts = trimmed(references.tokens, references.lengths, usable[pick])
-        pathway, logits = tail.own(tail.cut(*prompts))
-        loss = F.cross_entropy(logits, references.labels[usable[pick]])
-        if pull:
-            pathways = references.pathways[near.index[pick]]  # (b, k, 1, R, E)
-            difference = pathway[:, None] - pathways.flatten(2, 3)  # (b, k, R, E)
-            distance = difference.square().sum((2, 3))  # (b, k)
-            loss = loss + pull * (near.weight[pick] * distance).sum(1).mean()
 
-        # A step, shorter every time.
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - step / steps)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss(pick):
+        rows = usable[pick]
+        prompts = trimmed(references.tokens, references.lengths, rows)
+        pathway, logits = tail.own(tail.cut(*prompts))
+        nats = F.cross_entropy(logits, references.labels[rows])
+        if not pull:
+            return nats
+        pathways = references.pathways[near.index[pick]]  # (b, k, 1, R, E)
+        difference = pathway[:, None] - pathways.flatten(2, 3)  # (b, k, R, E)
+        distance = difference.square().sum((2, 3))  # (b, k)
+        return nats + pull * (near.weight[pick] * distance).sum(1).mean()
+
+    train(weights, loss, len(usable), arena.random(), lr, steps, batch)
     return model
 
 

@@ -5,7 +5,15 @@ import numpy as np
 from lab.tools import statistics
 from lab.tools.cli import table
 
-SHOWN = ("kernel regression", "NGD", "soft prompt", "oracle")  # on subsets of the prompts
+# On subsets of the prompts:
+SHOWN = ("kernel regression", "NGD", "unfiltered", "corrections", "soft prompt for each", "oracle")
+# Named beforehand: a rival, and the method that is tested against it.
+TESTS = {
+    "base": "NGD",
+    "random neighbours": "NGD",
+    "kernel regression": "NGD",
+    "unfiltered": "corrections",
+}
 NO_GAIN = ("base", "oracle's null")  # a gain over base says nothing about these
 LEGEND = (
     "gain: over base; fixed of the wrong, broken of the right; gap closed: gain / the oracle's; "
@@ -76,11 +84,23 @@ def report(result: dict) -> str:
     ]
     if "errors" in result:
         texts.append(mistakes_table(result["errors"]))
-    if "p" in result:
-        tests = [f"NGD against {name} p = {p:.2g}" for name, p in result["p"].items()]
+    if result.get("once"):
+        texts.append(once_text(result))
+    if result.get("p"):
+        tests = [f"{TESTS[name]} against {name} p = {p:.2g}" for name, p in result["p"].items()]
         n = len(result["runs"])
         texts.append(f"paired t-tests over {n} seeds, two-sided: {'; '.join(tests)}")
     return "\n\n".join(texts)
+
+
+def once_text(result: dict) -> str:
+    """What is paid once, for all prompts, and what each of them costs then."""
+    lines = []
+    for name, once in result["once"].items():
+        later = result["costs"][name] - once / result["prompts"]
+        lines.append([name, f"{once:,.0f}", f"{later:.1f}"])
+    header = ["in forward passes of base", "once, for all prompts", "then, for each"]
+    return table(lines, header)
 
 
 def sweep_table(sweeps: dict[str, dict]) -> str:

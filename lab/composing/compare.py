@@ -88,6 +88,8 @@ def train(plan: Plan) -> int:
     """Train the runs of the plan that the results file lacks, one after the other."""
     if plan.data_file is None:
         raise cli.Usage("train needs --data-file PATH")
+
+    # What all these runs have in common has to fit the results file.
     files = {"data_file": plan.data_file, "valid_file": plan.valid_file}
     text = {"data": "text", "tokenizer": plan.tokenizer} | files
     task = load_task(text | {"seed": 0}, TOY["context"])
@@ -161,6 +163,8 @@ def measure_run(folder: Path, task) -> dict:
     settings = runs.read_settings(folder)
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
+
+    # Its sizes, and its losses at the end and on the way there.
     result = {
         "total": model.n_params(),
         "activated": activated_parameters(model, task),
@@ -169,13 +173,17 @@ def measure_run(folder: Path, task) -> dict:
     result |= json.loads((folder / "scores.json").read_text(encoding="utf-8"))  # dev and test
     result["train"] = task.score(model, "train", most=1024)
     result["curve"] = [[line["step"], line["dev"]["loss"]] for line in log]
+
+    # What its routing does, and what a step costs.
     if model.routers():
         result["robustness"] = robustness(model, task)
         if composed_blocks(model):
             result["sharing"] = sharing(model, task)
     seconds = race([BASE, train_settings["preset"]], 11)
     result["step"] = float(np.median(seconds[:, 1] / seconds[:, 0]))
-    for name in ("data_file", "valid_file", "out", "resume"):  # of one machine only
+
+    # Its settings, without the paths.
+    for name in ("data_file", "valid_file", "out", "resume"):  # of this machine only
         settings["train"].pop(name, None)
     return result | {"settings": settings}
 

@@ -23,15 +23,15 @@ def group_runs(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
     def order(line):
         return presets.index(line["preset"]), line["lr"], line["norm_topk"], line["dropout"]
 
+    lines = [line for line in lines if line["steps"] == steps]
     kinds = {}
     for line in sorted(lines, key=order):
-        if line["steps"] == steps:
-            name = f"{line['preset']} lr {line['lr']:g}"
-            if line["norm_topk"]:
-                name += " norm"
-            if line["dropout"]:
-                name += f" dropout {line['dropout']:g}"
-            kinds.setdefault(name, {})[line["seed"]] = line
+        name = f"{line['preset']} lr {line['lr']:g}"
+        if line["norm_topk"]:
+            name += " norm"
+        if line["dropout"]:
+            name += f" dropout {line['dropout']:g}"
+        kinds.setdefault(name, {})[line["seed"]] = line
     return kinds
 
 
@@ -82,6 +82,8 @@ def paired_effect(ours: dict[int, float], theirs: dict[int, float]) -> Effect | 
     gaps = np.subtract(a, b)
     if len(seeds) == 1:
         return Effect(percent(gaps[0]), -math.inf, math.inf, 1.0, 1)
+
+    # The interval is one of losses, in nats; its ends become percent of perplexity.
     mean, half = statistics.interval(gaps)
     low, high = percent(mean - half), percent(mean + half)
     return Effect(percent(mean), low, high, statistics.paired(a, b), len(seeds))
@@ -135,11 +137,15 @@ def effects_by_steps(lines: list[dict]) -> dict[str, Effect | None]:
         kinds = group_runs(lines, steps)
         name, ours = main_kind(kinds, "cartesian")
         base_name, theirs = main_kind(kinds, BASE)
+
+        # On the way there: without the untrained model and the end.
         curve = first_run(ours).get("curve", []) if ours and theirs else []
         for place in range(1, len(curve) - 1):
             a = {seed: run["curve"][place][1] for seed, run in ours.items()}
             b = {seed: run["curve"][place][1] for seed, run in theirs.items()}
             effects[f"step {curve[place][0]} of {steps} (dev)"] = paired_effect(a, b)
+
+        # At the end.
         effect = paired_effect(losses(ours), losses(theirs))
         effects[f"{steps} steps, {name} against {base_name}"] = effect
     return effects

@@ -22,17 +22,14 @@ MARKS = {
 }
 
 
-def effects_figure(
-    effects: dict,
-    margin: float,
-    title: str,
-    path: Path | None = None,
-):
+def effects_figure(effects: dict, margin: float, title: str, path: Path | None = None):
     """Effects with their intervals: name -> Effect. Grey: within the margin, no difference."""
     fig, ax = figure(6.5, 1.2 + 0.28 * len(effects))
     ax.axvspan(-margin, margin, color=GREY, alpha=0.25, linewidth=0)
     ax.axvline(0, color=INK, linewidth=0.8)
     style = {"marker": "o", "markersize": 4, "capsize": 2}
+
+    # A line for each effect, coloured where its interval is on one side of 0.
     for row, (middle, low, high, *_) in enumerate(effects.values()):
         colour = INK
         if high < 0:
@@ -103,6 +100,7 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
     fig, axes = panels(len(rows), max(2.0, 6 / len(rows)), [2.0, 2.0, 1.9], beside=4)
     top = 100 * max(np.max(row["use"]) for row in rows)
     for (first, second, third), row in zip(axes, rows, strict=True):
+        # How often composed experts are visited.
         use = np.array(row["use"])  # (E, E)
         places = range(0, len(use), 1 + len(use) // 8)
         grid = {"xticks": places, "yticks": places}
@@ -110,6 +108,7 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
         shade = first.imshow(100 * use, cmap="magma_r", vmin=0, vmax=top)
         first.set(title=f"layer {row['layer']}", **grid)
 
+        # How that differs from the product of the margins; none at all is minus infinity.
         with np.errstate(divide="ignore"):
             ratio = np.log2(use_ratios(use)).clip(-3, 3)
         image = second.imshow(ratio, cmap="PuOr_r", vmin=-3, vmax=3)
@@ -118,6 +117,7 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
         label = f"information {more:.2f} of {row['most']:.2f} nats"
         second.set_title(label, fontsize=8, color=INK)
 
+        # How alike they are.
         for place, (name, (among_visited, among_all)) in enumerate(row["alike"].items()):
             colour = GREY if name == "share neither" else BLUE
             third.bar(place, among_visited or 0, color=colour, width=0.7)

@@ -128,8 +128,9 @@ class Pairs(Chain):
         z = self.norm_A(x)
         chosen = A.router(z, flow)
         N, K = chosen.experts.shape
-        one = z.new_ones(N * K, 1)
-        alone = A.experts(z.repeat_interleave(K, 0), one, chosen.experts.view(-1, 1))  # (N*K, D)
+        weight = z.new_ones(N * K, 1)
+        expert = chosen.experts.view(-1, 1)  # (N*K, 1)
+        alone = A.experts(z.repeat_interleave(K, 0), weight, expert)  # (N*K, D)
         alone = alone.view(N, K, -1)
 
         # The stream u that B would read, had A_i got all the weight; and their mean, x + A(z).

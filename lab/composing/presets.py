@@ -152,6 +152,7 @@ def preset(name: str, base: MoEConfig) -> MoEConfig:
     ValueError: there is no such preset, or at these sizes it cannot have the parameters of
     fine_grained, to 1 %, where it is meant to.
     """
+    # Make its config, and compare it with fine_grained.
     require(name in PRESETS, f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
     sizes = f"n_experts {base.n_experts}, d_expert {base.d_expert}, d_shared {base.d_shared}"
     hint = "try d_expert equal to d_shared, both larger, and n_experts a multiple of top_k"
@@ -160,6 +161,8 @@ def preset(name: str, base: MoEConfig) -> MoEConfig:
         more_total, more_activated = against_fine_grained(config, base)
     except ValueError as error:  # experts without width, or fewer than a token visits
         raise ValueError(f"{name} is impossible at {sizes}: {error}; {hint}") from None
+
+    # Where it is meant to be as large, it has to be.
     matched_total = name in OTHER_TOTAL or abs(more_total) < 0.01
     matched_activated = name in OTHER_ACTIVATED or abs(more_activated) < 0.01
     require(

@@ -9,6 +9,7 @@ import torch
 
 from data import passes
 from lab.composing.layers import TopPRouter
+from lab.scores.evaluation import routers_by_layer
 from lab.tools import cli
 from moe import MoE, Router, require
 
@@ -37,10 +38,12 @@ def disturbed_select(select, change, lost: list):
     """The function that takes the place of a router's `select`."""
 
     def select_disturbed(probs):
+        # Choose by the probabilities as they are, then by the changed ones.
         intact = visited(probs, *select(probs))  # (N, E)
         n_visits = intact.sum(1, keepdim=True)  # (N, 1)
         weights, experts = select(change(probs, n_visits))
 
+        # What do tokens lose, in experts and in routing mass?
         gone = intact * (1 - visited(probs, weights, experts))
         experts_lost = gone.sum() / intact.sum()
         mass_lost = (gone * probs).sum() / (intact * probs).sum()
@@ -68,10 +71,12 @@ def without_best(n: float = 0.0, share: float = 0.0, rescaled: bool = False):
     generator = torch.Generator().manual_seed(0)
 
     def change(probs, k):
+        # How many experts each token loses: a broken number is rounded up or down at random.
         number = n + share * k.cpu()  # (N, 1)
         one_more = torch.rand(number.shape, generator=generator) < number % 1
         number = number.floor() + one_more
 
+        # Disable so many of the most probable.
         rank = probs.argsort(1, descending=True).argsort(1)  # (N, E), 0: the most probable
         remaining = probs.masked_fill(rank < number.to(probs), 0.0)
         if rescaled:
@@ -152,21 +157,11 @@ def require_replaceable(model, routers: list[Router]):
     require(spare, f"{problem}: none is left to take the place of a disabled one")
 
 
-def routers_by_layer(model) -> dict[int, list[Router]]:
-    """The routers of each block that has some."""
-    layers = {}
-    for i, block in enumerate(model.blocks):
-        routers = [module for module in block.modules() if isinstance(module, Router)]
-        if routers:
-            layers[i] = routers
-    return layers
-
-
 # ---- what is measured
 
 
 def robustness(model, task, split: str = "test", most: int | None = 128) -> dict[str, dict]:
-    """A row for each protocol: loss and perplexity, and the shares that it takes from tokens.
+    """A row for each protocol: the loss, and the shares that it takes from tokens.
 
     experts: of those that they would visit; mass: of the routing mass of these.
     """
@@ -174,16 +169,12 @@ def robustness(model, task, split: str = "test", most: int | None = 128) -> dict
     for name, (routers, change) in protocols(model).items():
         with disturbed(routers, change) as lost:
             loss = task.score(model, split, most)["loss"]
+        # Routers that were left alone lost nothing.
         experts, mass = 0.0, 0.0
         if lost:
             share = len(routers) / len(model.routers())
             experts, mass = share * np.mean(lost, axis=0)
-        rows[name] = {
-            "loss": loss,
-            "perplexity": math.exp(loss),
-            "experts": float(experts),
-            "mass": float(mass),
-        }
+        rows[name] = {"loss": loss, "experts": float(experts), "mass": float(mass)}
     return rows
 
 
@@ -204,7 +195,7 @@ def robustness_table(rows: dict[str, dict]) -> str:
     """The rows of `robustness` as text."""
     lines = []
     for name, row in rows.items():
-        perplexity = f"{row['perplexity']:.2f}"
+        perplexity = f"{math.exp(row['loss']):.2f}"
         lines.append((name, perplexity, f"{row['experts']:.1%}", f"{row['mass']:.1%}"))
     header = ["disabled", "perplexity", "experts lost", "routing mass lost"]
     return cli.table(lines, header=header)
@@ -222,7 +213,7 @@ def activated_parameters(model, task) -> float:
         visits.append([count.double().mean().item() for count in used])
     mean_visits = np.mean(visits, axis=0)
 
-    # The parameters of one expert at each router.
+    # The parameters of an expert at each router, of which those that are not visited are idle.
     sizes = []
     for module in model.modules():
         if isinstance(module, MoE):

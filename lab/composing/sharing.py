@@ -71,8 +71,8 @@ def every_output(experts, x):
     """What every expert says to every token: x (N, D) -> (N, E, D)."""
     N, E = len(x), len(experts.down)
     expert = torch.arange(E, device=x.device).repeat(N)[:, None]  # (N*E, 1)
-    one = torch.ones_like(expert, dtype=x.dtype)
-    return experts(x.repeat_interleave(E, 0), one, expert).view(N, E, -1)
+    weight = torch.ones_like(expert, dtype=x.dtype)
+    return experts(x.repeat_interleave(E, 0), weight, expert).view(N, E, -1)
 
 
 def composed_outputs(block, x, mass_a, mass_b):
@@ -99,6 +99,7 @@ def mean_cosines(a, b, used) -> dict[str, list]:
     a (N, E, D) and b (N, E, E, D): what A and B add; used (N, E, E): 1 where a token goes.
     Returns relation -> [among the visited, among all], None where there is no such pair.
     """
+    # Number the composed experts from 0 to E * E, and say which of them share A, or B.
     E = a.shape[1]
     pair = torch.arange(E * E, device=a.device)
     i, j = pair // E, pair % E
@@ -106,12 +107,14 @@ def mean_cosines(a, b, used) -> dict[str, list]:
     same_b = j[:, None] == j
     relations = (same_a & ~same_b, ~same_a & same_b, ~same_a & ~same_b, ~same_a & same_b)
 
+    # The cosines of their outputs, and of B's part of them.
     whole = F.normalize((a[:, :, None] + b).flatten(1, 2), dim=-1)  # (N, E*E, D)
     only_b = F.normalize(b.flatten(1, 2), dim=-1)
     whole = whole @ whole.mT  # (N, E*E, E*E) cosines
     only_b = only_b @ only_b.mT
     compared = (whole, whole, whole, only_b)
 
+    # The mean cosine of each relation, among the visited and among all.
     used = used.flatten(1)  # (N, E*E)
     together = used[:, :, None] * used[:, None]  # (N, E*E, E*E)
     means = {}
@@ -167,6 +170,7 @@ def sharing(model, task, split: str = "test", most: int = 64, compared: int = 25
         for hook in hooks:
             hook.remove()
 
+    # Measure each block on what it has read.
     rows = []
     for i in blocks:
         x, u = (torch.cat(pieces) for pieces in inputs[i])  # (N, D) each
@@ -185,6 +189,7 @@ def keep_input(pieces: list):
 
 def sharing_row(model, layer: int, x, u, compared: int) -> dict:
     """The row of one block, where x (N, D) enters A and u (N, D) enters B."""
+    # Where tokens go, in A and in B.
     block = model.blocks[layer]
     A, B = block.ffns
     norm_a, norm_b = block.ffn_norms
@@ -192,10 +197,11 @@ def sharing_row(model, layer: int, x, u, compared: int) -> dict:
     b, mass_b = visits_and_mass(B.router, norm_b(u))
     visits_of_a_token = float(a.sum(1).mean() * b.sum(1).mean())
 
+    # What composed experts answer to a sample of the tokens.
     n = min(compared, len(a))
-    some = torch.linspace(0, len(a) - 1, n, device=a.device).long()  # (n,) tokens
-    outputs = composed_outputs(block, x[some], mass_a[some], mass_b[some])
-    used = a[some, :, None] * b[some, None]  # (n, E, E)
+    sample = torch.linspace(0, len(a) - 1, n, device=a.device).long()  # (n,) tokens
+    outputs = composed_outputs(block, x[sample], mass_a[sample], mass_b[sample])
+    used = a[sample, :, None] * b[sample, None]  # (n, E, E)
     return {
         "layer": layer,
         "information": mutual_information(a, b),

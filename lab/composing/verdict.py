@@ -51,13 +51,18 @@ CONTRASTS = "Not declared, and so no tests: what a change to a preset does"
 
 def comparison_report(lines: list[dict], steps: int, declared: str = "") -> str:
     """The report on the runs of so many steps; declared: what was declared of them before."""
+    # Perplexities, and the test that was declared.
     kinds = group_runs(lines, steps)
     blocks = [overview_table(kinds, steps), LEGEND, "", declared or NOT_DECLARED]
     blocks += trend_lines(lines)
+
+    # What changes to a preset do, and what models lose where their routing goes wrong.
     contrasts = contrast_lines(kinds)
     if contrasts:
         blocks += [CONTRASTS, *contrasts]
     blocks += ["", rivals_table(kinds), "", robustness_overview(kinds)]
+
+    # What composed experts share.
     for name, runs in kinds.items():
         shared = [run["sharing"] for run in runs.values() if "sharing" in run]
         if shared:
@@ -116,6 +121,7 @@ def contrast_lines(kinds: dict) -> list[str]:
     """A line for each change: X_something against X, and dropout against none."""
     texts = []
     for name, runs in kinds.items():
+        # A kind with dropout has the same preset as its parent, others the beginning of its name.
         run = first_run(runs)
         parent = run["preset"]
         if not run["dropout"]:
@@ -188,10 +194,9 @@ def robustness_overview(kinds: dict) -> str:
     columns = [name for name in longest if not name.startswith(("q", "noise", "layer"))]
     table = []
     for name, rows in means.items():
-        cells = ["" for _ in columns]
-        for place, protocol in enumerate(columns):
-            if protocol in rows:
-                cells[place] = f"{math.exp(rows[protocol]['loss']):.2f}"
+        cells = []
+        for protocol in columns:
+            cells.append(f"{math.exp(rows[protocol]['loss']):.2f}" if protocol in rows else "")
         table.append([name, *cells])
     return cli.table(table, header=["perplexity, disabled:", *columns])
 

@@ -36,6 +36,7 @@ def main(argv=None) -> int:
     given = parser.parse(argv)
     paths = chosen_sources(given["names"])
 
+    # Run two at a time; write each, and remember those that took too much.
     too_large = []
     with ProcessPoolExecutor(2) as pool:
         for path, (text, seconds) in zip(paths, pool.map(execute, paths), strict=True):
@@ -60,8 +61,8 @@ def chosen_sources(names: list[str]) -> list[Path]:
     """Those whose names begin with one of `names`; all of them where none is given."""
     paths = [path for path in sources() if not names or path.name.startswith(tuple(names))]
     if not paths:
-        known = ", ".join(path.stem for path in sources())
-        raise cli.Usage(f"no notebook begins with {' or '.join(names)}; there are {known}")
+        stems = ", ".join(path.stem for path in sources())
+        raise cli.Usage(f"no notebook begins with {' or '.join(names)}; there are {stems}")
     return paths
 
 
@@ -90,6 +91,7 @@ def execute(path: Path) -> tuple[str, float]:
         timeout=600,
         kernel_name="python3",
         coalesce_streams=True,
+        record_timing=False,
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": FOLDER}},
     )
@@ -108,10 +110,9 @@ def children_seconds() -> float:
 
 
 def tidy(notebook) -> str:
-    """JSON without times and progress bars, which change from run to run; with light pictures."""
+    """JSON without versions and progress bars, which change from run to run; light pictures."""
     notebook.metadata.pop("language_info", None)
     for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
             continue
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]

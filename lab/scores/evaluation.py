@@ -1,4 +1,4 @@
-"""The scores at the end of a run, and the names of its routers."""
+"""The scores at the end of a run, and where its routers stand."""
 
 from string import ascii_uppercase
 
@@ -26,11 +26,20 @@ def final_scores(model, task) -> dict[str, dict]:
     return scores
 
 
+def routers_by_layer(model) -> dict[int, list[Router]]:
+    """The routers of each block that has some."""
+    layers = {}
+    for layer, block in enumerate(model.blocks):
+        routers = [module for module in block.modules() if isinstance(module, Router)]
+        if routers:
+            layers[layer] = routers
+    return layers
+
+
 def places(model) -> list[str]:
     """Where each router stands: "layer 2", or "layer 2 A" and "layer 2 B" where a block has two."""
     names = []
-    for layer, block in enumerate(model.blocks):
-        routers = [module for module in block.modules() if isinstance(module, Router)]
+    for layer, routers in routers_by_layer(model).items():
         if len(routers) == 1:
             names.append(f"layer {layer}")
         else:

@@ -157,13 +157,15 @@ def program(main, text: str | None = None):
     A user's mistake (ValueError, OSError) is told in one line; `python -X dev SCRIPT` shows the
     traceback as well. text: what --help prints, for a main that has no flags.
     """
-    # Windows would refuse to print the bars.
+    # All output is UTF-8: Windows would refuse to print the bars.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     argv = sys.argv[1:]
     if text and ("-h" in argv or "--help" in argv):
         print(text)
         return
+
+    # The exit code is main's, or that of what went wrong.
     try:
         sys.exit(main(argv))
     except (ValueError, OSError) as error:
@@ -211,6 +213,7 @@ def table(rows, header=None, left: int = 1) -> str:
     fox        3
     elephant  12
     """
+    # Every cell as text, and the width of each column.
     lines = [[str(cell) for cell in row] for row in rows]
     if header:
         lines.insert(0, [str(cell) for cell in header])
@@ -218,6 +221,7 @@ def table(rows, header=None, left: int = 1) -> str:
     if header:
         lines.insert(1, ["-" * width for width in widths])
 
+    # Every line, filled up to these widths.
     text = []
     for line in lines:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]

@@ -69,6 +69,7 @@ def loss_figure(log: list[dict], floor: float, name: str, path: Path | None = No
 
     floor: the loss of a uniform guess.
     """
+    # The accuracies stand in a second panel, where there are some.
     steps = [line["step"] for line in log]
     dev = [line["dev"] for line in log]
     shown = [key for key in ACCURACIES if key in dev[0]]
@@ -77,6 +78,7 @@ def loss_figure(log: list[dict], floor: float, name: str, path: Path | None = No
     else:
         fig, left = figure(5.5, 3.2)
 
+    # Losses.
     means = [line["train_loss"] for line in log[1:]]
     left.plot(steps[1:], means, color=BLUE, label="training, mean since the last point")
     held_out = [scores["loss"] for scores in dev]
@@ -86,6 +88,7 @@ def loss_figure(log: list[dict], floor: float, name: str, path: Path | None = No
     left.set(title=f"Cross-entropy, {name}", xlabel="step", ylabel="nats per token", ylim=(0, None))
     left.legend(fontsize=7, frameon=False)
 
+    # Accuracies.
     if shown:
         for key in shown:
             label, colour = ACCURACIES[key]
@@ -134,7 +137,8 @@ def load_figure(
         ncols=len(loads),
         squeeze=False,
     )
-    # The edges of the image: half a step before the first step and behind the last one.
+
+    # The edges of each image: half a step before the first step and behind the last one.
     left = 1.5 * steps[0] - 0.5 * steps[1]
     right = 1.5 * steps[-1] - 0.5 * steps[-2]
     extent = (left, right, -0.5, E - 0.5)
@@ -189,12 +193,14 @@ def routing_figure(
     L, R, E = shares.shape  # L routers
     fig, axes = panels(L, 2.9, [1.1, 0.5 + 0.22 * R])
     for router, (top, ax) in enumerate(axes):
+        # Above: all tokens.
         order = preference(shares[router])
         top.bar(range(E), 100 * load[router, order], color=BLUE, width=0.8)
         even = 100 * load[router].mean()
         top.axhline(even, color=ORANGE, linewidth=1, linestyle="--")
         top.set(title=places[router], xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 115 * load.max()))
 
+        # Below: the tokens of each kind.
         image = ax.imshow(
             100 * shares[router][:, order],
             cmap="magma_r",

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lab.tools import cli, statistics
+from moe import MoE
 
 SCORES = {  # how people read a score: what it is called, and its format
     "loss": ("cross-entropy (nats)", ".3f"),
@@ -34,16 +35,17 @@ def label(name: str) -> str:
 
 def describe(train, model, task, folder: Path) -> str:
     """What is about to run: its settings, and the parameters of the model."""
-    sizes = model.config
-    length = task.batch(0, 1)[0].shape[1]
+    # Where it runs.
     device = model.embedding.weight.device
     where = str(device)
     if device.type == "cpu":
         where += " (1 thread)" if train.threads == 1 else f" ({train.threads} threads)"
 
+    # What the model is made of.
+    sizes = model.config
     top_p = chooses_by_top_p(sizes)
     layers = "all dense"
-    if any("experts" in name for name, _ in model.named_parameters()):
+    if any(isinstance(module, MoE) for module in model.modules()):
         visits = f"top-p {sizes.top_p}" if top_p else f"top {sizes.top_k}"
         layers = f"{sizes.n_experts} experts of width {sizes.d_expert}, {visits}"
         for choice in (train.preset, train.router):
@@ -53,6 +55,7 @@ def describe(train, model, task, folder: Path) -> str:
     if top_p:
         activated += " at most"
 
+    length = task.batch(0, 1)[0].shape[1]
     work = f"{train.steps} steps of {train.batch} x {length} tokens on {where}, {train.dtype}"
     rows = [
         ("run", f"{folder}: {work}"),
@@ -69,6 +72,7 @@ def chooses_by_top_p(sizes) -> bool:
 
 def progress(log: list[dict]) -> str:
     """The last line of the log as a row, below a header if it is the first."""
+    # Name and text of each column.
     line = log[-1]
     loss = line["train_loss"]
     cells = {"step": str(line["step"]), "train loss": "-" if loss is None else f"{loss:.3f}"}
@@ -77,6 +81,7 @@ def progress(log: list[dict]) -> str:
         cells[short.get(name, name.replace("_", " "))] = written(name, value)
     cells["time"] = f"{line['seconds']:.0f} s"
 
+    # As wide as the name, with some room.
     header = row = ""
     for name, text in cells.items():
         width = max(len(name), 6) + 3
@@ -91,6 +96,7 @@ def report(train, model, task, scores: dict, seconds: float, loads: dict, folder
     scores: split -> name -> value. loads: place of a router -> the share of the tokens (E,) that
     visit each expert.
     """
+    # The scores, with what they would be without learning.
     sizes = model.config
     visits = 1 if chooses_by_top_p(sizes) else sizes.top_k
     notes = {
@@ -104,11 +110,14 @@ def report(train, model, task, scores: dict, seconds: float, loads: dict, folder
         values = [written(name, scores[split][name]) for split in scores]
         rows.append([label(name), *values, notes.get(name, "")])
     lines = ["", cli.table(rows, header=["held-out", *scores, ""]), ""]
+
+    # How evenly each router uses its experts.
     for place, load in loads.items():
         even = load.mean()
         spread = f"{load.min() / even:.2f} to {load.max() / even:.2f} of an even share"
         lines.append(f"load, {place}  {cli.bar_line(load)}  {spread}")
 
+    # Speed, files, and what to do next.
     n_tokens = train.steps * task.batch(0, train.batch)[0].numel()
     speed = f"{n_tokens / seconds:,.0f} a second"
     files = sorted(path.name for path in folder.iterdir())
@@ -128,6 +137,7 @@ def seed_table(results: dict[str, list[dict]], first_seed: int) -> str:
     results: model -> the scores of each seed. A second model is the twin of the first: the
     differences between the two come last, in pairs.
     """
+    # The scores of each model, and their differences in pairs.
     groups = {model: columns(runs) for model, runs in results.items()}
     if len(groups) == 2:
         (model, scores), (twin, twin_scores) = groups.items()
@@ -142,9 +152,8 @@ def seed_table(results: dict[str, list[dict]], first_seed: int) -> str:
             low, high = written(name, mean - half), written(name, mean + half)
             spread = written(name, np.std(values, ddof=1))
             every = "  ".join(written(name, value) for value in values)
-            rows.append(
-                [f"  {label(name)}", written(name, mean), spread, f"{low} to {high}", every]
-            )
+            cells = [written(name, mean), spread, f"{low} to {high}", every]
+            rows.append([f"  {label(name)}", *cells])
     n_seeds = len(next(iter(results.values())))
     seeds = f"seeds {first_seed} to {first_seed + n_seeds - 1}"
     header = ["test, over seeds", "mean", "sd", "95 % interval", seeds]

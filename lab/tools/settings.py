@@ -1,6 +1,5 @@
 """The settings of a training run: from flags, from the task, or from a run that goes on."""
 
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +63,7 @@ class TrainConfig:
 
 def new_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     """Settings of a new run: the flags over what the task wants, over the defaults."""
+    # What the task wants, and what the flags say.
     if given.get("data_file") and "data" not in given:
         given["data"] = "text"
     task = TASKS[given.get("data", "skills")]
@@ -73,6 +73,8 @@ def new_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     values |= given
     train = cli.fill(TrainConfig, values)
     sizes = cli.fill(MoEConfig, values)
+
+    # A preset starts from these sizes.
     if train.preset:
         try:
             sizes = preset(train.preset, sizes)
@@ -86,6 +88,7 @@ def new_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
 
 def resumed_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     """Settings of the run to continue. Usage names every flag that asks for something else."""
+    # Most flags have to say what the run has, or nothing.
     folder = Path(given["resume"])
     saved = runs.read_settings(folder)
     old = {**saved["model"], **saved["train"]}
@@ -98,6 +101,8 @@ def resumed_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
         hint = "leave them out, or start a new run"
         raise cli.Usage(f"{folder} has other settings: {', '.join(conflicts)}; {hint}")
     runs.require_router(folder, saved["train"].get("router"), given.get("router"))
+
+    # The settings that are saved, and the few that may change.
     task = TASKS[saved["train"].get("data", "skills")]
     changes = {name: given[name] for name in CHANGEABLE if name in given}
     train = cli.fill(TrainConfig, {**task.settings, **saved["train"], **changes})
@@ -111,12 +116,17 @@ def new_folder(train: TrainConfig, single: bool) -> Path:
         kind = f"-{train.preset}"
     if train.model == "dense":
         kind = "-dense"
+
+    # Without --out: the first name that is free.
     if not train.out:
-        folder = Path("out") / f"{train.data}{kind}-s{train.seed}"
-        names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+        name = f"{train.data}{kind}-s{train.seed}"
+        folder = Path("out", name)
+        number = 1
         while folder.exists():
-            folder = next(names)
+            number += 1
+            folder = Path("out", f"{name}-{number}")
         return folder
+
     folder = Path(train.out if single else f"{train.out}{kind}-s{train.seed}")
     if (folder / "config.json").exists():
         hint = f"continue it with --resume {folder}, or name another --out"

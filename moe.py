@@ -10,6 +10,8 @@ layer has many small networks, the *experts*, and a *router* that scores them fo
 So a model can hold many parameters, of which one token uses few. Three classes say this in code:
 `Router` chooses, `Experts` computes, `MoE` puts them together.
 
+Input is checked apart from this, in checks.py.
+
 By default the model computes exactly what OLMoE (arXiv 2409.02060) computes: RMSNorm before each
 sub-layer, rotary positions, QK-norm, SwiGLU experts, a softmax router. No token is ever dropped,
 and nothing is random in evaluation.
@@ -28,8 +30,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-IGNORE = -100  # a target without loss
-
+from checks import (
+    IGNORE,
+    evaluation,
+    require,
+    require_context,
+    require_finite,
+    require_generation,
+    require_inputs,
+    require_pathway,
+    require_sizes,
+    require_stream,
+    require_tokens,
+)
 
 # ------------------------------------------------------------------------------------------ config
 
@@ -63,10 +76,10 @@ class MoEConfig:
     tied: Annotated[bool, "the output layer is the transposed embedding"] = False
 
     def __post_init__(self):
+        require_sizes(self)
         self.dense_layers = tuple(self.dense_layers)
-        self.require_positive()
         if self.head_dim is None:
-            self.head_dim = self.width_of_a_head()
+            self.head_dim = self.d_model // self.n_heads
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
         if self.d_dense is None:
@@ -74,49 +87,6 @@ class MoEConfig:
             # much as a router.
             router = round(self.n_experts / 3)
             self.d_dense = self.top_k * self.d_expert + self.d_shared + router
-        self.require_fit()
-
-    def require_positive(self):
-        for name, value in vars(self).items():
-            if type(value) not in (int, float):
-                continue
-            if name in ("d_shared", "dropout"):
-                require(value >= 0, f"{name} is {value}; it must be at least 0")
-            else:
-                require(value > 0, f"{name} is {value}; it must be greater than 0")
-
-    def width_of_a_head(self) -> int:
-        d, heads = self.d_model, self.n_heads
-        near = max(1, round(d / heads)) * heads
-        hint = f"try {near}, or give head_dim"
-        require(d % heads == 0, f"d_model {d} does not divide into {heads} heads: {hint}")
-        return d // heads
-
-    def require_fit(self):
-        width, heads, groups = self.head_dim, self.n_heads, self.n_kv_heads
-        pairs = "rotary positions need pairs, an even width"
-        require(width % 2 == 0, f"head_dim is {width}; {pairs}")
-        require(heads % groups == 0, f"n_heads {heads} is not a multiple of n_kv_heads {groups}")
-        require(
-            self.top_k <= self.n_experts,
-            f"top_k {self.top_k} is more than the {self.n_experts} experts there are",
-        )
-        outside = set(self.dense_layers) - set(range(self.n_layers))
-        require(
-            not outside,
-            f"dense_layers names {sorted(outside)}; the layers are 0 to {self.n_layers - 1}",
-        )
-        require(
-            self.qk_norm in ("full", "head", "none"),
-            f"qk_norm is {self.qk_norm!r}; expected full, head or none",
-        )
-        require(self.dropout < 1, f"dropout is {self.dropout}; it must be below 1")
-
-
-def require(condition: bool, message: str):
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 def wide(x):
@@ -546,17 +516,16 @@ class MoETransformer(nn.Module):
 
         For the other arguments see `run_blocks`. ValueError for tensors that do not fit.
         """
-        if targets is not None:
-            require_same_shape("targets", targets, tokens)
         routing = []
         x = self.embed(tokens)  # (B, T, D)
+        require_inputs(tokens, targets, valid, self.config.vocab_size)
         x = self.run_blocks(x, valid, cache, imposed=imposed, routing=routing, tokens=tokens)
         logits = self.head(x)  # (B, T, V)
 
         loss = None
         if targets is not None:
             flat = logits.flatten(0, 1)  # (B, T, V) -> (N, V)
-            loss = F.cross_entropy(flat, targets.flatten(), ignore_index=IGNORE)
+            loss = F.cross_entropy(flat, targets.flatten().long(), ignore_index=IGNORE)
 
         balance, z = 0.0, 0.0
         if routing:
@@ -571,7 +540,7 @@ class MoETransformer(nn.Module):
     def embed(self, tokens):
         """tokens (B, T) -> (B, T, D). ValueError for tokens outside the vocabulary."""
         require_tokens(tokens, self.config.vocab_size)
-        return self.dropout(self.embedding(tokens))
+        return self.dropout(self.embedding(tokens.long()))
 
     def run_blocks(
         self,
@@ -596,12 +565,10 @@ class MoETransformer(nn.Module):
         Raises ValueError for more tokens than the context, padding on the left, a pathway that
         does not fit. The result is not yet normalised; `head` does that.
         """
+        require_stream(x, valid, cache, self.config.d_model)
         B, T, _ = x.shape
-        if valid is None:
-            new = torch.ones(B, T, dtype=torch.bool, device=x.device)
-        else:
-            new = valid.bool()
-            require_right_padding(new, B, T)
+        new = torch.ones(B, T, device=x.device) if valid is None else valid  # (B, T)
+        new = new.bool()
 
         # Where each token stands: padding does not count.
         past = new[:, :0] if cache is None or cache.valid is None else cache.valid  # (B, S)
@@ -654,7 +621,10 @@ class MoETransformer(nn.Module):
     def head(self, x):
         """The residual stream (..., D) -> logits (..., V)."""
         output = self.embedding if self.unembedding is None else self.unembedding
-        return wide(F.linear(self.norm(x), output.weight))
+        logits = wide(F.linear(self.norm(x), output.weight))
+        if not self.training:  # a trainer sees it in the loss
+            require_finite("logits", logits, f"this model overflows in {x.dtype}, or is damaged")
+        return logits
 
     @torch.no_grad()
     def generate(
@@ -670,16 +640,17 @@ class MoETransformer(nn.Module):
         """Continue prompts (B, T) by up to n_tokens -> the new tokens (B, up to n_tokens).
 
         temperature: 0 always takes the most probable token; above 0, tokens are drawn.
-        stop: a token that ends a sequence. A sequence that has ended repeats it.
+        stop: a token that ends a sequence, or several. A sequence that has ended repeats its own.
         valid: (B, T) bool, false at padding on the right.
         show: a function that is called with the new tokens (B,) of each step as they come.
         """
+        require_generation(tokens, valid, n_tokens, temperature, stop, self.config)
         if valid is None:
             valid = torch.ones_like(tokens, dtype=torch.bool)
-        require_room(valid, n_tokens, self.config.context)
-        was_training = self.training
-        self.eval()
-        try:
+        stops = torch.as_tensor([] if stop is None else stop, dtype=torch.int64)
+        stops = stops.to(tokens.device)
+
+        with evaluation(self):
             # All of the prompt at once; the last token of each sequence predicts the next one.
             cache = Cache()
             x = self.run_blocks(self.embed(tokens), valid, cache, tokens=tokens)  # (B, T, D)
@@ -691,9 +662,9 @@ class MoETransformer(nn.Module):
             ended = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             while True:
                 token = next_token(self.head(x), temperature, generator)  # (B,)
-                if stop is not None:
-                    token = token.masked_fill(ended, stop)
-                    ended = token == stop
+                if new:
+                    token = torch.where(ended, new[-1], token)
+                ended = torch.isin(token, stops)
                 new.append(token)
                 if show is not None:
                     show(token)
@@ -702,8 +673,6 @@ class MoETransformer(nn.Module):
                 column = token[:, None]  # (B, 1)
                 x = self.run_blocks(self.embed(column), cache=cache, tokens=column)
                 x = x[:, 0]  # (B, 1, D) -> (B, D)
-        finally:
-            self.train(was_training)
 
     def routers(self) -> list[Router]:
         """The routers, bottom to top; Imposed.rows and Output.routing count them so."""
@@ -727,7 +696,8 @@ def next_token(logits, temperature, generator):
     """logits (B, V) -> the most probable token (B,), or one drawn at a temperature above 0."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)
+    below = logits - logits.amax(-1, keepdim=True)  # 0 for the best token: no overflow near 0
+    probs = (below / max(temperature, 1e-30)).softmax(-1)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
@@ -744,7 +714,7 @@ def causal_mask(seen, T: int):
 def rotary_angles(position, config: MoEConfig):
     """position (B or 1, T) -> cos and sin (B or 1, 1, T, C) of the angles; see `rotate`."""
     half = config.head_dim // 2
-    exponent = torch.arange(half, device=position.device) / -half
+    exponent = torch.arange(half, dtype=torch.float32, device=position.device) / -half
     frequency = config.rope_theta**exponent  # (C/2,)
     angle = (position[..., None] * frequency)[:, None]  # (B or 1, 1, T, C/2)
     cos = torch.cat([angle.cos(), angle.cos()], -1)
@@ -752,69 +722,17 @@ def rotary_angles(position, config: MoEConfig):
     return cos, sin
 
 
-# ---------------------------------------------------------------------------------- input checks
+def unwrapped(model) -> "MoETransformer":
+    """The model inside of what torch.compile or data-parallel training wraps around it."""
+    inside = []
+    if isinstance(model, nn.Module):
+        inside = [module for module in model.modules() if isinstance(module, MoETransformer)]
+    found = type(model).__name__
+    require(len(inside) == 1, f"expected a MoETransformer, or a wrapper of one; found {found}")
+    return inside[0]
 
 
-def require_tokens(tokens, vocab_size: int):
-    """ValueError unless tokens are (B, T), not empty, and of the vocabulary."""
-    shape = tuple(tokens.shape)
-    require(
-        len(shape) == 2 and tokens.numel() > 0,
-        f"tokens have shape {shape}; expected (B, T), not empty",
-    )
-    require_in_vocabulary("tokens", tokens, vocab_size)
-
-
-def require_in_vocabulary(what: str, tokens, vocab_size: int):
-    """ValueError unless all tokens are of the vocabulary."""
-    low, high = (int(each) for each in tokens.aminmax())
-    require(
-        0 <= low <= high < vocab_size,
-        f"{what} go from {low} to {high}; the vocabulary goes from 0 to {vocab_size - 1}",
-    )
-
-
-def require_same_shape(name: str, tensor, tokens):
-    """ValueError unless a tensor has the shape of tokens."""
-    shape, expected = tuple(tensor.shape), tuple(tokens.shape)
-    require(shape == expected, f"{name} have shape {shape}; expected that of tokens, {expected}")
-
-
-def require_right_padding(valid, B: int, T: int):
-    """ValueError unless valid is (B, T), and true before it is false."""
-    shape = tuple(valid.shape)
-    require(shape == (B, T), f"valid has shape {shape}; expected {(B, T)}")
-    falling = bool((valid[:, 1:] <= valid[:, :-1]).all())
-    require(falling, "valid is false before it is true; padding stands on the right")
-
-
-def require_context(position, context: int):
-    """ValueError if a token stands beyond the context."""
-    longest = int(position.max()) + 1
-    require(
-        longest <= context, f"a sequence of {longest} tokens is longer than the context, {context}"
-    )
-
-
-def require_pathway(rows: dict, at, shape: tuple, n_experts: int, n_routers: int):
-    """ValueError unless the rows of an imposed pathway fit tokens of shape (B, T)."""
-    B, T = shape
-    found = tuple(at.shape)
-    require(found == (B, T), f"imposed.at has shape {found}; expected {(B, T)}")
-    expected = f"{(B, n_experts)} or {(B, T, n_experts)} for one of {n_routers} routers"
-    for index, row in rows.items():
-        fits = row.shape in ((B, n_experts), (B, T, n_experts))
-        require(
-            fits and index in range(n_routers),
-            f"a pathway of shape {tuple(row.shape)} for router {index!r}; expected {expected}",
-        )
-
-
-def require_room(valid, n_tokens: int, context: int):
-    """ValueError unless prompts and n_tokens new tokens fit into the context."""
-    require(n_tokens > 0, f"n_tokens is {n_tokens}; it must be at least 1")
-    need = int(valid.sum(-1).max()) + n_tokens
-    require(
-        need <= context,
-        f"prompt and {n_tokens} new tokens are {need} tokens; the context is {context}",
-    )
+def named_tensors(model) -> dict[str, torch.Tensor]:
+    """Weights and buffers by the names that they have without wrappers, also of single blocks."""
+    tensors = unwrapped(model).state_dict()
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moe import require
+from checks import require
 from pathways.checks import require_config, require_remixable
 from pathways.neighbours import KERNELS, TINY, Neighbours, find_neighbours, kernel
 from pathways.prompts import cross_entropy, padded, trimmed

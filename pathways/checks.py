@@ -7,7 +7,7 @@ import difflib
 
 import torch
 
-from moe import require, require_in_vocabulary
+from checks import require, require_in_vocabulary
 
 TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")
 EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")

@@ -6,7 +6,7 @@ Letters in the shape comments:  n prompts    T tokens    V vocabulary    O optio
 import torch
 import torch.nn.functional as F
 
-from moe import require, require_in_vocabulary
+from checks import require, require_in_vocabulary
 
 
 def padded(prompts, vocab_size: int):

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from moe import require
+from checks import require
 from pathways.checks import require_labels, require_routers
 from pathways.prompts import best_token, padded, portions
 from pathways.tail import Prefix, Tail, frozen

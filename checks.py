@@ -1,0 +1,247 @@
+"""What the models ask of what they are given, and of the program around them.
+
+Every check raises ValueError, in one line that says what was wrong and what is expected. They stand
+here, so that none stands between a reader and an algorithm.
+"""
+
+import math
+import numbers
+import typing
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+IGNORE = -100  # a target without loss
+
+
+def require(condition: bool, message: str):
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+# ----------------------------------------------------------------------------------------- configs
+
+
+def require_kinds(config):
+    """The fields of a dataclass hold what their annotations say; numbers become Python's own."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        optional = type(None) in typing.get_args(hint)  # such as `int | None`
+        kind = typing.get_args(hint)[0] if optional else hint
+        if kind not in (bool, int, float) or (optional and value is None):
+            continue
+        fits = isinstance(value, bool)
+        if kind is int:
+            fits = isinstance(value, numbers.Integral) and not fits and abs(value) < 2**63
+        if kind is float:
+            fits = isinstance(value, numbers.Real) and not fits and abs(value) < math.inf
+        expected = {bool: "a bool", int: "an int below 2**63", float: "a finite float"}[kind]
+        require(fits, f"{name} is {value!r:.60}; expected {expected}")
+        setattr(config, name, kind(value))
+
+
+def require_sizes(config):
+    """The sizes of a model (MoEConfig): of the right kind, and fitting together."""
+    require_kinds(config)
+    for name, value in vars(config).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            least = name in ("d_shared", "dropout")
+            bound = "at least 0" if least else "greater than 0"
+            require(value > 0 or (least and value == 0), f"{name} is {value}; it must be {bound}")
+    require(config.dropout < 1, f"dropout is {config.dropout}; it must be below 1")
+    require(
+        config.qk_norm in ("full", "head", "none"),
+        f"qk_norm is {config.qk_norm!r}; expected full, head or none",
+    )
+
+    # Attention.
+    d, heads = config.d_model, config.n_heads
+    near = max(1, round(d / heads)) * heads
+    require(
+        config.head_dim is not None or d % heads == 0,
+        f"d_model {d} does not divide into {heads} heads: try {near}, or give head_dim",
+    )
+    width, groups = config.head_dim or d // heads, config.n_kv_heads or heads
+    require(width % 2 == 0, f"head_dim is {width}; rotary positions need pairs, an even width")
+    require(heads % groups == 0, f"n_heads {heads} is not a multiple of n_kv_heads {groups}")
+
+    # Experts.
+    require(
+        config.top_k <= config.n_experts,
+        f"top_k {config.top_k} is more than the {config.n_experts} experts there are",
+    )
+    dense, last = config.dense_layers, config.n_layers - 1
+    require(isinstance(dense, Iterable), f"dense_layers is {dense!r:.60}; expected some integers")
+    outside = [layer for layer in dense if layer not in range(config.n_layers)]
+    require(not outside, f"dense_layers names {outside!s:.60}; the layers are 0 to {last}")
+
+
+# ------------------------------------------------------------------------------------------ tensors
+
+
+def require_integers(what: str, tensor):
+    """A tensor of integers."""
+    kind = getattr(tensor, "dtype", type(tensor).__name__)
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    require(kind in integers, f"{what} are {kind}; expected a tensor of integers, such as int64")
+
+
+def require_finite(what: str, tensor, reason: str):
+    """A tensor without NaN and infinities."""
+    if tensor.numel() == 0:
+        return
+    low, high = tensor.detach().aminmax()
+    if math.isfinite(low) and math.isfinite(high):
+        return
+    place = (~tensor.isfinite()).nonzero()[0].tolist()
+    raise ValueError(f"{what} {tuple(tensor.shape)} are not finite, first at {place}: {reason}")
+
+
+def require_shape(what: str, tensor, *shapes: tuple):
+    """A tensor of one of these shapes."""
+    shape = tuple(tensor.shape)
+    expected = " or ".join(str(each) for each in shapes)
+    require(shape in shapes, f"the shape of {what} is {shape}; expected {expected}")
+
+
+def require_mask(what: str, mask, shape: tuple):
+    """A mask of this shape: bool, or integers that are 0 or 1."""
+    require_shape(what, mask, shape)
+    if mask.dtype != torch.bool:
+        require_integers(what, mask)
+        low, high = (int(each) for each in mask.aminmax())
+        require(0 <= low <= high <= 1, f"{what} goes from {low} to {high}; expected bool")
+
+
+def require_in_vocabulary(what: str, tokens, vocab_size: int):
+    """Integers that are tokens of the vocabulary."""
+    require_integers(what, tokens)
+    low, high = (int(each) for each in tokens.aminmax())
+    require(
+        0 <= low <= high < vocab_size,
+        f"{what} go from {low} to {high}; the vocabulary goes from 0 to {vocab_size - 1}",
+    )
+
+
+# ---------------------------------------------------------------------------- what a model is given
+
+
+def require_tokens(tokens, vocab_size: int):
+    """Tokens (B, T), not empty, of the vocabulary."""
+    require_integers("tokens", tokens)
+    shape = tuple(tokens.shape)
+    require(
+        len(shape) == 2 and tokens.numel() > 0,
+        f"tokens have shape {shape}; expected (B, T), not empty",
+    )
+    require_in_vocabulary("tokens", tokens, vocab_size)
+
+
+def require_inputs(tokens, targets, valid, vocab_size: int):
+    """Targets that are tokens or IGNORE; in each sequence a token that is no padding."""
+    shape = tuple(tokens.shape)
+    if valid is not None:
+        require_mask("valid", valid, shape)
+        require(bool(valid.any(1).all()), "valid is false in all of a sequence: nothing is asked")
+    if targets is not None:
+        require_integers("targets", targets)
+        require_shape("targets", targets, shape)
+        counted = targets[targets != IGNORE]
+        require(len(counted) > 0, f"no target counts: all are IGNORE, {IGNORE}")
+        require_in_vocabulary("targets", counted, vocab_size)
+
+
+def require_stream(x, valid, cache, d_model: int):
+    """A residual stream x (B, T, D), padded on the right, and a cache of as many sequences."""
+    shape = tuple(x.shape)
+    fits = len(shape) == 3 and shape[2] == d_model and x.is_floating_point() and x.numel() > 0
+    require(fits, f"x is {x.dtype} of shape {shape}; expected (B, T, {d_model}), not empty")
+    if valid is not None:
+        require_mask("valid", valid, shape[:2])
+        falling = bool((valid[:, 1:] <= valid[:, :-1]).all())
+        require(falling, "valid is false before it is true; padding stands on the right")
+    if cache is not None and cache.valid is not None:
+        n = len(cache.valid)
+        require(n == shape[0], f"the cache has {n} sequences; x has {shape[0]}")
+
+
+def require_context(position, context: int):
+    """Tokens within the context."""
+    longest = int(position.max()) + 1
+    require(
+        longest <= context, f"a sequence of {longest} tokens is longer than the context, {context}"
+    )
+
+
+def require_pathway(rows: dict, at, shape: tuple, n_experts: int, n_routers: int):
+    """The rows of an imposed pathway that fit tokens of shape (B, T)."""
+    B, T = shape
+    require_mask("imposed.at", at, (B, T))
+    expected = f"{(B, n_experts)} or {(B, T, n_experts)} for one of {n_routers} routers"
+    for index, row in rows.items():
+        fits = row.shape in ((B, n_experts), (B, T, n_experts)) and row.is_floating_point()
+        require(
+            fits and index in range(n_routers),
+            f"a pathway of shape {tuple(row.shape)} for router {index!r}; expected {expected}",
+        )
+
+
+def require_generation(tokens, valid, n_tokens, temperature, stop, config):
+    """What `generate` is given: prompts with room for n_tokens new tokens within the context."""
+    require_tokens(tokens, config.vocab_size)
+    require_inputs(tokens, None, valid, config.vocab_size)
+    count = isinstance(n_tokens, numbers.Integral) and n_tokens >= 1
+    require(count, f"n_tokens is {n_tokens}; it must be at least 1")
+    longest = tokens.shape[1] if valid is None else int(valid.sum(-1).max())
+    need = longest + n_tokens
+    require(
+        need <= config.context,
+        f"prompt and {n_tokens} new tokens are {need} tokens; the context is {config.context}",
+    )
+    require(
+        isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf,
+        f"temperature is {temperature}; expected 0 (the most probable token) or a number above 0",
+    )
+    if stop is not None:
+        kind = torch.as_tensor(stop).dtype
+        fits = kind in (torch.int64, torch.int32) or torch.as_tensor(stop).numel() == 0
+        require(fits, f"stop is {stop!r:.60}; expected a token, or several")
+
+
+# ---------------------------------------------------------------------------- the program around us
+
+
+@contextmanager
+def evaluation(model):
+    """All modules of a model in evaluation; afterwards each is as it was."""
+    in_training = [module for module in model.modules() if module.training]
+    for module in in_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+@contextmanager
+def torch_defaults():
+    """torch as it starts: float32, on the CPU, with gradients. Later it is as it was found.
+
+    So what a program around us has set does not change what we compute.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield

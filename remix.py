@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checks import require
-from pathways.checks import require_config, require_remixable
+from pathways.checks import require_config, require_gradient, require_remixable
 from pathways.neighbours import KERNELS, TINY, Neighbours, find_neighbours, kernel
 from pathways.prompts import cross_entropy, padded, trimmed
 from pathways.references import ReferenceSet
@@ -246,7 +246,9 @@ def remix(
     config = replace(config or RemixConfig(), **changes)
     surrogate = SURROGATES.get(config.method, config.method)
     tokens, lengths = padded(prompts, model.config.vocab_size)
-    require_remixable(model, references, tokens, lengths, config.method, config.loss)
+    require_remixable(model, references, tokens, lengths, config.loss)
+    if surrogate is ngd:
+        require_gradient(model)
     tail = Tail(model, critical_layers(model, config.layers), references.token)
     results = []
     with frozen(model), torch.no_grad():

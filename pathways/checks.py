@@ -64,15 +64,18 @@ def require_enough(correct, allowed, n: int, k: int):
     )
 
 
-def require_remixable(model, references, tokens, lengths, method, loss: str):
-    """Model, references and prompts (n, T) that fit together."""
+def require_gradient(model):
+    """A model for whose pathways NGD has a gradient."""
     sizes = model.config
-    stuck = sizes.top_k == 1 and sizes.norm_topk and method == "ngd"
     require(
-        not stuck,
+        sizes.top_k > 1 or not sizes.norm_topk,
         "ngd: with top_k 1 and norm_topk the one weight is always 1, and the gradient zero; "
         "take kernel_regression or mode_finding",
     )
+
+
+def require_remixable(model, references, tokens, lengths, loss: str):
+    """Model, references and prompts (n, T) that fit together."""
     require(
         references is not None,
         "re-mixing needs references: ReferenceSet.build makes them",

@@ -137,15 +137,15 @@ class Outcome(NamedTuple):
     answer: np.ndarray  # (n,) the token that it chose
     right: np.ndarray  # (n,) bool
     changed: np.ndarray  # (n,) bool: some layer chose other experts than before
-    seconds: float  # for all prompts, the references' prefixes included
+    seconds: float  # of processor time for all prompts, the references' prefixes included
 
 
 def judged(arena: Arena, method: Callable, target=None) -> Outcome:
     """Let a method (arena) -> RemixResult answer. target (n,): what is right, if not the labels."""
     arena = arena.cold()
-    start = time.perf_counter()
+    start = time.process_time()
     result = method(arena)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
 
     answer = best_token(result.logits, arena.options)
     right = answer == (arena.labels if target is None else target)

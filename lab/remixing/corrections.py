@@ -17,6 +17,7 @@ import torch
 
 from lab.remixing.arena import Arena
 from pathways import Neighbours, ReferenceSet, Tail, frozen
+from pathways.checks import require_gradient
 from remix import NeighbourLoss, RemixConfig, core_experts, ngd
 
 
@@ -66,6 +67,7 @@ def mended_of(arena: Arena, settings: dict):
     """The pathways of all references, own and mended, (m, R, E) each."""
     config = replace(arena.config, **settings)
     tail = arena.tail_of(config)
+    require_gradient(arena.model)
     with frozen(arena.model), torch.no_grad():
         return mend(tail, arena.references, config)
 

@@ -60,13 +60,13 @@ METHODS = {
     "corrections": Method(
         corrections.corrections,
         tries=grid(k=[3, 8, 16, 32], scale=[1.0, 2.0]),
-        tuned={"skills": {"k": 8, "scale": 1.0}},
+        tuned={"skills": {"k": 8, "scale": 2.0}},
         trains_once=True,
     ),
     "mended pathways": Method(
         corrections.mended_pathways,
         tries=grid(k=[3, 8], share=[0.25, 0.5, 0.75, 1.0]),
-        tuned={"skills": {"k": 8, "share": 0.5}},
+        tuned={"skills": {"k": 8, "share": 0.75}},
         trains_once=True,
     ),
     "in-context": Method(
@@ -77,13 +77,13 @@ METHODS = {
     "prefix for all": Method(
         partial(rivals.for_all, kind=rivals.prefix),
         tries=grid(lr=[3e-3, 1e-2, 3e-2, 1e-1], length=[4, 16]),
-        tuned={"skills": {"lr": 1e-2, "length": 4}},
+        tuned={"skills": {"lr": 1e-1, "length": 16}},
         trains_once=True,
     ),
     "soft prompt for all": Method(
         partial(rivals.for_all, kind=rivals.soft_prompt),
         tries=grid(lr=[3e-3, 1e-2, 3e-2, 1e-1], length=[4, 16]),
-        tuned={"skills": {"lr": 1e-2, "length": 4}},
+        tuned={"skills": {"lr": 3e-2, "length": 4}},
         trains_once=True,
     ),
     "prefix for each": Method(

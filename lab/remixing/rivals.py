@@ -264,9 +264,9 @@ def larger_model(arena: Arena, folder: Path) -> Outcome:
         seed == arena.seed,
         f"{folder} has seed {seed}, the run beside it {arena.seed}: they learnt different tasks",
     )
-    start = time.perf_counter()
+    start = time.process_time()
     with torch.no_grad():
         answer = model(arena.tokens).logits[:, -1].argmax(-1)  # (n, T, V) -> (n,)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     unchanged = np.zeros(len(answer), bool)
     return Outcome(answer.numpy(), (answer == arena.labels).numpy(), unchanged, seconds)

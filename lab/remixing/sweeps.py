@@ -72,7 +72,7 @@ def plain_ngd(core, loss, near, config):
 
 
 def raw_ngd(core, loss, near, config, normed=True):
-    """NGD on raw weights, which are clipped at 0 and rescaled after a step."""
+    """NGD on raw weights. After a step they are clipped at 0 and rescaled (the paper: neither)."""
 
     def clipped(weights):
         return core.rescale(weights.clamp(min=0))

@@ -15,12 +15,10 @@ TESTS = {
     "unfiltered": "corrections",
 }
 NO_GAIN = ("base", "oracle's null")  # a gain over base says nothing about these
-LEGEND = (
-    "gain: over base; fixed of the wrong, broken of the right; gap closed: gain / the oracle's; "
-    "rerouted: prompts that visit\n"
-    "other experts; ms: for a prompt; cost: in forward passes of base; "
-    "accuracy of the null: its wrong label is reached"
-)
+LEGEND = """\
+gain: over base; fixed of the wrong, broken of the right; gap closed: gain / the oracle's; rerouted:
+prompts that visit other experts; ms: of processor time for a prompt; cost: in forward passes of
+base; both share what is paid once; accuracy of the null: its wrong label is reached"""
 
 
 def with_interval(row: dict) -> list[str]:

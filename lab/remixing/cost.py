@@ -18,6 +18,10 @@ OLMOE = MoEConfig(50_304, 4096, 2048, 16, 16, n_experts=64, top_k=8, d_expert=10
 SMALL = MoEConfig(3_144, 128, 128, 16, 16, n_experts=64, top_k=8, d_expert=64)  # its shape
 TOY = MoEConfig(vocab_size=47, context=64)
 K = 3  # neighbours of a prompt in the race
+LEGEND = (
+    "ms for a prompt; ratio: naive / exact, by the clock and in operations; + prefixes: with\n"
+    "all prefixes of neighbours made anew; differ: the largest difference between their losses"
+)
 
 
 def counted(call) -> int:
@@ -32,7 +36,7 @@ def counted(call) -> int:
     return counter.get_total_flops()
 
 
-# ------------------------------------------------------------------------------------ formula
+# ---- formula
 
 
 def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str, float]:
@@ -68,7 +72,7 @@ def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str
     return {name: k * cost / base for name, cost in costs.items()}
 
 
-# --------------------------------------------------------------------------------------- race
+# ---- race
 
 
 def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.float32, rounds=3):
@@ -76,11 +80,12 @@ def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.fl
     steps as full forwards (of a few prompts, which keep a processor as busy).
 
     Returns the least seconds of a prompt, its operations, and how far the losses are apart."""
+    # A random model, and random prompts. Each has K references of its own as neighbours.
     torch.manual_seed(0)
     model = MoETransformer(sizes).to(dtype).eval()
     config = RemixConfig(k=K, layers=layers)
     tail = Tail(model, critical_layers(model, layers))
-    m = K * n  # references: each is the neighbour of one prompt
+    m = K * n  # references
     tokens = torch.randint(sizes.vocab_size, (m, T))
     lengths = torch.full((m,), T)
     labels = torch.randint(sizes.vocab_size, (m,))
@@ -90,13 +95,14 @@ def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.fl
     near = Neighbours(index, weight, usable, tail.pathways(references))
 
     with frozen(model), torch.no_grad():
+        # The loss as remix.py computes it, and the same by full forwards.
         start, _ = tail.own(tail.cut(tokens[:n], lengths[:n]))
         exact_loss = NeighbourLoss(tail, near, references, config)
         exact_loss(start)  # makes the prefixes
         naive_losses = []
 
         def naive_loss(pathway):
-            """The same loss (few,) by full forwards."""
+            """pathway (few, L, E) -> (few,)."""
             rows = pathway.repeat_interleave(K, 0).unbind(1)  # (few*K, E) for each router
             imposed = Imposed(dict(zip(tail.routers, rows, strict=True)))
             x = model.run_blocks(model.embed(tokens[: K * few]), imposed=imposed)
@@ -125,8 +131,10 @@ def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.fl
                 passed = time.perf_counter() - begin
                 seconds[name] = min(seconds[name], passed / count)
 
-        # The profiler; and the losses of the last descents, side by side.
+        # The profiler.
         operations = {name: counted(call) / count for name, (count, call) in calls.items()}
+
+        # The losses of the last descents, side by side.
         n_calls = config.steps + 1
         exact = torch.stack(exact_loss.values[-n_calls:])[:, :few]
         naive = torch.stack(naive_losses[-n_calls:])
@@ -147,8 +155,8 @@ def main(argv) -> int:
         "OLMoE's shape, 100 tokens, last 5 of 16": (SMALL, 100, "last:5", 128, 8),
     }
     lines = []
-    for name, sizes in races.items():
-        seconds, operations, apart = race(*sizes)
+    for name, arguments in races.items():
+        seconds, operations, apart = race(*arguments)
         line = [name, f"{1000 * seconds['exact']:.1f}", f"{1000 * seconds['naive']:.0f}"]
         for cost in (seconds, operations):
             line.append(f"{cost['naive'] / cost['exact']:.0f}")
@@ -157,12 +165,7 @@ def main(argv) -> int:
     header = ["steps of NGD, one thread", "exact (ms)", "naive (ms)", "ratio", "+ prefixes"]
     header += ["operations", "+ prefixes", "differ"]
     print(cli.table(lines, header))
-    print(
-        "\nms for a prompt; ratio: naive / exact, by the clock and in operations; + prefixes: with"
-    )
-    print(
-        "all prefixes of neighbours made anew; differ: the largest difference between their losses"
-    )
+    print(f"\n{LEGEND}")
     return 0
 
 

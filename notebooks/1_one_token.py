@@ -21,7 +21,7 @@ import train_toy
 from data import SkillsTask
 from lab.scores.evaluation import places
 from lab.scores.specialisation import specialisation
-from lab.tools import cli, figures
+from lab.tools import cli
 from lab.tools.settings import TrainConfig
 from moe import Combine, Dispatch, MoEConfig, MoETransformer, Routing, grouped_matmul, router_losses
 
@@ -240,7 +240,7 @@ for name, factors in ways.items():
 # %%
 loads = {name: history["load"] for name, history in histories.items()}
 title = "The load of the experts over training"
-figures.load_figure(steps, loads, places(models["balance"]), title)
+pictures.expert_loads(steps, loads, places(models["balance"]), title)
 
 # %%
 panels = {
@@ -251,7 +251,7 @@ panels = {
 curves = {}
 for label, key in panels.items():
     curves[label] = {name: history[key] for name, history in histories.items()}
-figures.curves_figure(steps, curves, "Balance, loss and accuracy over training")
+pictures.curves(steps, curves, "Balance, loss and accuracy over training")
 
 
 # %%
@@ -307,7 +307,7 @@ print(cli.table([row(name) for name in compared], header))
 # %%
 loads = {name: histories[name]["load"] for name in compared}
 title = "Without balance loss: raw weights, renormalised weights"
-figures.load_figure(steps, loads, places(models[name]), title)
+pictures.expert_loads(steps, loads, places(models[name]), title)
 
 # %% [markdown]
 # Fewer experts are lost, without any balance loss; in three seeds the balance loss ended at 2.1 to

@@ -118,7 +118,7 @@ panels = {
 curves = {}
 for label, key in panels.items():
     curves[label] = {kind: [scores[key] for scores in history[kind]] for kind in kinds}
-figures.curves_figure(steps, curves, "Skills and dialects: the MoE and its dense twin")
+pictures.curves(steps, curves, "Skills and dialects: the MoE and its dense twin")
 
 # %%
 keys = ("loss", "accuracy", "clear", "ambiguous")
@@ -218,7 +218,7 @@ for kind in kinds:
     train = TrainConfig(model=kind, steps=300, batch=512, lr=1e-2)
     model, shares[kind] = learn(train, narrow, facts, facts.share_known)
     print(f"{kind}: {size_of(model)}, {shares[kind][-1]:.1%} of the table known")
-figures.curves_figure(steps, {"share of the table known": shares}, "A table of facts")
+pictures.curves(steps, {"share of the table known": shares}, "A table of facts")
 
 # %% [markdown]
 # Here the MoE is ahead: at the same activated parameters, and with more than twice as many in all,

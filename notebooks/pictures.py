@@ -1,4 +1,4 @@
-"""Pictures of ideas, for the notebooks and the README: boxes, arrows, landscapes; no results."""
+"""Pictures of ideas, for the notebooks and the README: boxes, arrows, landscapes; training."""
 
 import numpy as np
 from matplotlib import colormaps, patheffects
@@ -427,4 +427,66 @@ def places_to_change():
     write(ax, 2.2, 1.05, "the model's pathway,\nneighbours", ha="right", va="center")
     text = "another pathway, imposed at one token"
     write(ax, 2.86, 1.05, text, ha="left", va="center")
+    return fig
+
+
+# ---- training
+
+
+def curves(steps: list[int], panels: dict[str, dict[str, list[float]]], title: str):
+    """Lines over the training steps: label of a panel -> name of a run -> values."""
+    n = len(panels)
+    fig, axes = figure(0.4 + 3.2 * n, 2.9, ncols=n, squeeze=False)
+    for ax, (label, lines) in zip(axes[0], panels.items(), strict=True):
+        for (name, values), colour in zip(lines.items(), COLOURS, strict=False):
+            ax.plot(steps, values, color=colour, label=name)
+        ax.set(xlabel="step", ylabel=label)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    fig.suptitle(title, color=INK, fontsize=10)
+    return fig
+
+
+def expert_loads(
+    steps: list[int], loads: dict[str, list[np.ndarray]], places: list[str], title: str
+):
+    """The load of the experts over the training steps, experts in the order of their final load.
+
+    loads: name of a run -> at each step the shares of visits (L, E).
+    """
+    L, E = next(iter(loads.values()))[0].shape  # L routers
+    fig, axes = figure(
+        1.2 + 2.6 * len(loads),
+        0.7 + 1.7 * L,
+        nrows=L,
+        ncols=len(loads),
+        squeeze=False,
+    )
+
+    # The edges of each image: half a step before the first step and behind the last one.
+    left = 1.5 * steps[0] - 0.5 * steps[1]
+    right = 1.5 * steps[-1] - 0.5 * steps[-2]
+    extent = (left, right, -0.5, E - 0.5)
+    for column, (name, load) in enumerate(loads.items()):
+        for router in range(L):
+            ax = axes[router, column]
+            share = np.stack(load)[:, router] / load[0][router].mean()  # (S, E) in even shares
+            order = share[-1].argsort()
+            image = ax.imshow(
+                share[:, order].T,
+                cmap="magma_r",
+                vmin=0,
+                vmax=4,
+                aspect="auto",
+                origin="lower",
+                extent=extent,
+            )
+            ax.set_yticks([])
+            if column == 0:
+                ax.set_ylabel(f"{places[router]}\nexperts", fontsize=8)
+            if router == 0:
+                ax.set_title(name, fontsize=9)
+            if router == L - 1:
+                ax.set_xlabel("step")
+    fig.colorbar(image, ax=axes, label="visits, in even shares", pad=0.01)
+    fig.suptitle(title, color=INK, fontsize=10)
     return fig

@@ -1,8 +1,9 @@
-"""Run folders: out/NAME/{model.safetensors, config.json, state.safetensors, log.jsonl}, figures.
+"""Run folders: out/NAME/{state.safetensors, config.json, log.jsonl, model.safetensors}, figures.
 
-Every file is written under a temporary name and renamed, so that a save that fails or is cut off
-leaves the last good one. state.safetensors holds by itself all that an exact resume needs.
-Nothing here reads or writes a pickle, and opening a run executes no code.
+A save is one thing: state.safetensors holds all of it, and is written first. The other files repeat
+what others read. Where a save was cut off between two of them, opening a run takes the newer state,
+and resuming it writes them again. Nothing here reads or writes a pickle, and opening a run executes
+no code.
 """
 
 import importlib
@@ -11,33 +12,18 @@ import os
 import sys
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from lab.composing.presets import build_model
-from lab.tools.cli import nearest
+from lab.tools.cli import nearest, note
+from lab.tools.files import digest, read_about, read_tensors, write, write_tensors
 from moe import Router, require
 
+FILES = ("state.safetensors", "config.json", "log.jsonl", "model.safetensors", "scores.json")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
 
 
 # ---- saving
-
-
-def write(path: Path, data: bytes):
-    """Write a file whole or not at all. OSError (no space, say) leaves an older file as it was."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        what = f"could not write {path} ({len(data) / 1e6:.1f} MB): {error.strerror}"
-        raise OSError(f"{what}; what was saved before is untouched") from error
 
 
 def save(
@@ -54,26 +40,34 @@ def save(
     settings: {"model": ..., "train": ...}. log: a dict for each evaluation. recent: the training
     losses since the last of them.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = model.state_dict()
-
-    # All that an exact resume needs, in one file.
-    state = {f"weight/{name}": weight for name, weight in weights.items()}
+    state = {f"weight/{name}": weight for name, weight in model.state_dict().items()}
     for name, weight in model.named_parameters():
         for moment in MOMENTS:
             value = optimizer.state[weight].get(moment)
             if value is None:  # before the first step
                 value = torch.zeros_like(weight)
             state[f"{moment}/{name}"] = value
-    meta = {"step": str(step), "log": json.dumps(log), "recent": json.dumps(recent)}
-    write(folder / "state.safetensors", safetensors.torch.save(state, meta))
+    about = {"step": step, "settings": settings, "log": log, "recent": recent}
+    about = {name: json.dumps(value) for name, value in about.items()}
+    write_tensors(folder / "state.safetensors", state, about)
+    write_copies(folder, state, about)
 
-    # What others read: the settings, the weights, the log.
+
+def write_copies(folder: Path, state: dict, about: dict[str, str]):
+    """Write what others read of a saved state: the settings, the log, and the weights last."""
+    settings, log = json.loads(about["settings"]), json.loads(about["log"])
     write(folder / "config.json", json.dumps(settings, indent=2).encode())
-    meta = {"format": "pt", "step": str(step)}
-    write(folder / "model.safetensors", safetensors.torch.save(weights, meta))
     lines = "".join(json.dumps(line) + "\n" for line in log)
     write(folder / "log.jsonl", lines.encode())
+    about = {"format": "pt", "step": about["step"], "settings": digest(about["settings"])}
+    write_tensors(folder / "model.safetensors", weights_of(state), about)
+
+
+def weights_of(state: dict) -> dict:
+    """The weights of a saved state, by their names in the model."""
+    prefix = "weight/"
+    weights = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
 
 
 # ---- opening
@@ -85,20 +79,47 @@ def load(folder: Path, router: type | None = None):
     router: the class of the run's routers, for a run that was trained with one of your own.
     ValueError where the folder holds no run, where it does not fit, or where the router is missing.
     """
-    settings = read_settings(folder)
-    require_router(folder, settings["train"].get("router"), router)
+    settings, weights = read_last_save(folder)
+    require_router(folder, settings["train"], router)
     try:
         model = build_model(settings["model"], router or Router)
     except (ValueError, TypeError) as error:
         path = folder / "config.json"
         raise ValueError(f"{path} describes no model of ours: {error}") from None
-    weights, _ = read_tensors(folder / "model.safetensors")
     load_weights(model, weights, folder)
     return model.eval(), settings["train"]
 
 
-def require_router(folder: Path, name: str | None, router: type | None):
-    """ValueError unless a router is given for a run that names one, and for no other."""
+def read_last_save(folder: Path) -> tuple[dict, dict]:
+    """The settings and the weights of the last save.
+
+    They are in config.json and model.safetensors; or in the state, where the save was cut off
+    before it came to these. A finished run may have no state.
+    """
+    state_path, path = folder / "state.safetensors", folder / "model.safetensors"
+    if state_path.is_file():
+        step = read_about(state_path).get("step")
+        if not path.is_file() or step != read_about(path).get("step"):
+            state, about = read_state(folder)
+            return settings_of(about["settings"], state_path), weights_of(state)
+
+    config = folder / "config.json"
+    require_file(config)
+    text = config.read_text(encoding="utf-8", errors="replace")
+    settings = settings_of(text, config)
+    require_file(path)
+    weights, about = read_tensors(path)
+    same = about.get("settings") in (None, digest(json.dumps(settings)))
+    require(same, f"{config} was altered: {path.name} was saved with other settings")
+    return settings, weights
+
+
+def require_router(folder: Path, train: dict, router: type | None):
+    """ValueError unless a router is given for a run that names one, and for no other.
+
+    train: the settings of its training. Where the router's file has changed since, that is said.
+    """
+    name = train.get("router")
     require(
         router is not None or not name,
         f"{folder} was trained with a router of your own, and opening a run executes no code: "
@@ -154,66 +175,60 @@ def newest(parent: Path = Path("out")) -> Path:
 def resume(folder: Path, model, optimizer):
     """Load the saved state into model and optimizer, bit by bit -> step, log, recent losses.
 
+    The other files are written again, lest the last save was cut off before it came to them.
     ValueError where the state is not one of this model.
     """
-    path = folder / "state.safetensors"
-    state, meta = read_tensors(path)
+    state, about = read_state(folder)
     parameters = dict(model.named_parameters())
     names = {f"{moment}/{name}" for name in parameters for moment in MOMENTS}
-    complete = names <= state.keys() and {"step", "log", "recent"} <= meta.keys()
-    require(complete, f"{path} was not written by train_toy.py for this model")
+    path = folder / "state.safetensors"
+    require(names <= state.keys(), f"{path} was not written by train_toy.py for this model")
+    load_weights(model, weights_of(state), folder)
 
-    prefix = "weight/"
-    weights = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    }
-    load_weights(model, weights, folder)
-
-    step = int(meta["step"])
+    step = json.loads(about["step"])
     for name, weight in parameters.items():
         moments = {"step": torch.tensor(float(step), device=weight.device)}
         for moment in MOMENTS:
-            moments[moment] = state[f"{moment}/{name}"].to(weight.device)
+            saved = state[f"{moment}/{name}"]
+            fits = saved.shape == weight.shape
+            require(fits, f"{path}: {moment}/{name} has shape {tuple(saved.shape)}")
+            moments[moment] = saved.to(weight.device)
         optimizer.state[weight] = moments
-    return step, json.loads(meta["log"]), json.loads(meta["recent"])
+    write_copies(folder, state, about)
+    return step, json.loads(about["log"]), json.loads(about["recent"])
 
 
-def require_file(path: Path):
-    """ValueError unless a file of a run exists."""
-    require(
-        path.is_file(),
-        f"{path.parent} holds no run: there is no {path.name}; train_toy.py makes one",
-    )
-
-
-def read_tensors(path: Path):
-    """Read a safetensors file -> tensors, metadata. ValueError where it cannot be read."""
+def read_state(folder: Path):
+    """The last saved state -> tensors, and what is said about them, each a text of JSON."""
+    path = folder / "state.safetensors"
     require_file(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        problem = f"{path} is not a readable safetensors file ({error})"
-        raise ValueError(f"{problem}; it may be cut off or foreign") from None
+    state, about = read_tensors(path)
+    complete = {"step", "log", "recent"} <= about.keys()
+    require(complete, f"{path} was not written by train_toy.py")
+    if "settings" not in about:  # an earlier version
+        config = folder / "config.json"
+        require_file(config)
+        about["settings"] = config.read_text(encoding="utf-8", errors="replace")
+    return state, about
 
 
 def read_settings(folder: Path) -> dict:
-    """Read config.json of a run: {"model": ..., "train": ..., ...}."""
-    path = folder / "config.json"
-    require_file(path)
+    """The settings of a run that can be resumed: {"model": ..., "train": ..., ...}."""
+    _, about = read_state(folder)
+    return settings_of(about["settings"], folder)
+
+
+def settings_of(text: str, source) -> dict:
+    """The settings that a JSON text holds. ValueError: it holds none of ours."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from None
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not readable JSON: {error}") from None
     entries = settings if isinstance(settings, dict) else {}
     complete = all(isinstance(entries.get(name), dict) for name in ("model", "train"))
     require(
         complete,
-        f"{path} was not written by train_toy.py: it has no entries `model` and `train`",
+        f"{source} was not written by train_toy.py: it has no entries `model` and `train`",
     )
     return settings
 

@@ -1,0 +1,219 @@
+"""Files that are whole, that have one owner, and that are known by their content.
+
+    digest    what tells a content from all others
+    write     a file appears whole, or not at all
+    owned     a file, or the folder that it stands in, belongs to one process
+    new       the first name that is free, taken at once
+
+Everything that is saved and opened again stands on these, tensors with a checksum inside.
+"""
+
+import os
+import secrets
+import socket
+from collections.abc import Iterable
+from contextlib import contextmanager
+from glob import escape
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from moe import require
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out of a file
+    fcntl = None
+
+# ---------------------------------------------------------------------------------------- content
+
+
+def digest(*values) -> str:
+    """The SHA-256 of contents, one after the other: 64 hexadecimal digits.
+
+    A value is a text, bytes, a tensor, an array, or the path of a file. Where two values could be
+    taken for others, the caller puts their lengths or shapes between them.
+    """
+    total = sha256()
+    for value in values:
+        if isinstance(value, Path):
+            with open(value, "rb") as file:
+                while block := file.read(2**20):
+                    total.update(block)
+            continue
+        if isinstance(value, str):
+            value = value.encode()
+        if torch.is_tensor(value):
+            flat = value.detach().cpu().contiguous().flatten()
+            value = flat.view(torch.uint8).numpy()
+        if isinstance(value, np.ndarray):
+            value = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        total.update(value)
+    return total.hexdigest()
+
+
+# -------------------------------------------------------------------------------------- ownership
+
+
+class Busy(ValueError):
+    """Another process has the file."""
+
+
+def lock(file) -> bool:
+    """Lock an open file, until it is closed or this process ends. False: another one has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def owned(path: Path):
+    """Own a file, which is made if there is none, and yield it open for reading and appending.
+
+    Busy: a process that lives has it. What a killed process had is free at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        if not lock(file):
+            raise Busy(f"another process is writing to {path}; wait until it has ended")
+        yield file
+
+
+@contextmanager
+def owned_folder(folder: Path):
+    """Own a folder: the file .lock in it says who does."""
+    try:
+        with owned(folder / ".lock") as file:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            file.flush()
+            yield
+    except Busy:
+        owner = (folder / ".lock").read_text(encoding="utf-8", errors="replace")
+        raise Busy(f"{folder} is being written to by {owner or 'another process'}") from None
+
+
+def new(names: Iterable[Path]) -> Path:
+    """Make the first of these folders that does not exist yet."""
+    for folder in names:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise ValueError("all names are taken")
+
+
+# ------------------------------------------------------------------------------------ whole files
+
+
+@contextmanager
+def whole(path: Path):
+    """Yield an open file. What is written to it becomes the file at `path`, whole or not at all.
+
+    It has a name of its own until then. OSError (no space, say) leaves an older file as it was.
+    """
+    remove_leftovers(path)
+    file = temporary(path)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if fcntl is None:
+                file.close()  # Windows renames no open file
+            os.replace(file.name, path)
+    except BaseException as error:
+        Path(file.name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            what = f"could not write {path}: {error.strerror or error}"
+            raise OSError(f"{what}; what was saved before is untouched") from error
+        raise
+
+
+def temporary(path: Path):
+    """A new file beside `path`, open and locked."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(f"{path}.{secrets.token_hex(4)}.tmp", "xb")  # noqa: SIM115
+        # Before it was locked, another process may have taken it for a leftover.
+        if lock(file) and Path(file.name).exists():
+            return file
+        file.close()
+
+
+def remove_leftovers(path: Path):
+    """Remove temporary files of `path` that nobody is writing: their process was killed."""
+    if fcntl is None:
+        return
+    for leftover in path.parent.glob(f"{escape(path.name)}.*.tmp"):
+        try:
+            with open(leftover, "ab") as file:
+                if lock(file):
+                    leftover.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue  # another process was faster
+
+
+def write(path: Path, data: bytes):
+    """Write a file, whole or not at all."""
+    with whole(path) as file:
+        file.write(data)
+
+
+# ---------------------------------------------------------------------------------------- tensors
+
+
+def write_tensors(path: Path, tensors: dict, about: dict[str, str]):
+    """Write a safetensors file with a checksum. about: what its metadata shall say."""
+    copies = {}  # the library refuses views
+    for name, tensor in tensors.items():
+        copies[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    about = about | {"digest": tensors_digest(copies, about)}
+    write(path, safetensors.torch.save(copies, about))
+
+
+def read_tensors(path: Path, what: str = "safetensors file"):
+    """Read a safetensors file -> tensors, metadata.
+
+    ValueError where it is missing, cut off, foreign, or not what was written. Files of earlier
+    versions have no checksum.
+    """
+    about, tensors = read_about(path, what), {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+    expected = about.pop("digest", None)
+    same = expected is None or expected == tensors_digest(tensors, about)
+    require(same, f"{path} was altered: it is not what its checksum says")
+    return tensors, about
+
+
+def read_about(path: Path, what: str = "safetensors file") -> dict[str, str]:
+    """The metadata of a safetensors file. ValueError where it is missing, cut off or foreign."""
+    require(path.is_file(), f"no such {what}: {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        problem = f"{path} is no readable {what} ({error})"
+        raise ValueError(f"{problem}; it may be cut off or foreign") from None
+
+
+def tensors_digest(tensors: dict, about: dict[str, str]) -> str:
+    """The checksum of named tensors and of what is said about them."""
+    values = []
+    for name in sorted(about):
+        values.append(f"{name!r} {about[name]!r} ")
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        values += [f"{name!r} {tuple(tensor.shape)} {tensor.dtype} ", tensor]
+    return digest(*values)

@@ -3,10 +3,13 @@
 import argparse
 import dataclasses
 import difflib
+import os
+import shlex
 import signal
 import sys
 import types
 import typing
+from contextlib import contextmanager
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -157,9 +160,6 @@ def program(main, text: str | None = None):
     A user's mistake (ValueError, OSError) is told in one line; `python -X dev SCRIPT` shows the
     traceback as well. text: what --help prints, for a main that has no flags.
     """
-    # All output is UTF-8: Windows would refuse to print the bars.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     argv = sys.argv[1:]
     if text and ("-h" in argv or "--help" in argv):
         print(text)
@@ -167,15 +167,75 @@ def program(main, text: str | None = None):
 
     # The exit code is main's, or that of what went wrong.
     try:
-        sys.exit(main(argv))
-    except (ValueError, OSError) as error:
+        with steady_output() as output:
+            code = main(argv)
+        sys.exit(code or output.code)
+    except (ValueError, OSError, MemoryError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        message = " ".join(str(error).split()) or "out of memory"
+        print(f"{sys.argv[0]}: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, Usage) else 1)
     except KeyboardInterrupt:
         print(f"\n{sys.argv[0]}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def note(text: str):
+    """Tell the user, beside the results, what was not quite as expected."""
+    print(f"note: {text}", file=sys.stderr)
+
+
+def command(*words) -> str:
+    """A command line that a shell takes, whatever characters its words have."""
+    return shlex.join(str(word) for word in words)
+
+
+class Output:
+    """Standard output. Where it is closed or full, the program goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.code = 0  # 1: the reader did not go away, and yet could not be told everything
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.attempt(self.stream.write, text) or len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *values):
+        try:
+            return function(*values)
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                note(f"standard output cannot be written ({error.strerror}); going on without it")
+                self.code = 1
+            # What the stream still holds must go somewhere when it is closed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+@contextmanager
+def steady_output():
+    """While it is entered, printing cannot fail. Streams that are missing lead nowhere."""
+    before = sys.stdout, sys.stderr
+    streams = []
+    for stream in before:
+        if stream is None:  # closed, as by `>&-`
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):  # Windows would refuse to print the bars
+            stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+        streams.append(stream)
+    sys.stdout, sys.stderr = output, _ = Output(streams[0]), streams[1]
+    try:
+        yield output
+        output.flush()
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 class Interrupt:

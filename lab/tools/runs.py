@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lab.composing.presets import build_model
-from lab.tools.cli import nearest, note
+from lab.tools.cli import command, nearest, note
 from lab.tools.files import digest, read_about, read_tensors, write, write_tensors
 from moe import Router, require
 
@@ -231,6 +231,14 @@ def settings_of(text: str, source) -> dict:
         f"{source} was not written by train_toy.py: it has no entries `model` and `train`",
     )
     return settings
+
+
+def require_file(path: Path):
+    """ValueError unless a file of a run exists."""
+    require(
+        path.is_file(),
+        f"{path.parent} holds no run: there is no {path.name}; train_toy.py makes one",
+    )
 
 
 def load_weights(model, weights: dict, source):

@@ -1,22 +1,22 @@
 """What is behind a text: tokenizers, files of tokens, the download of TinyStories.
 
-data.py stands on this file, which therefore imports nothing but moe.py and lab/tools/cli.py.
+data.py stands on this file, which therefore imports nothing but moe.py, cli.py and files.py.
 
-python -m lab.tools.texts PATH    learn the tokenizer `tinystories` from a text
+python -m lab.tools.texts TEXT NEW_FILE    learn a tokenizer, for train_toy.py --tokenizer NEW_FILE
 """
 
 import base64
-import hashlib
-import itertools
-import tempfile
+import re
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from lab.tools.cli import Usage, nearest, program
+from lab.tools.cli import Usage, nearest, note, program
+from lab.tools.files import digest, whole, write
 from moe import require
 
 END = "<|endoftext|>"  # alone on a line, it ends a document
@@ -25,31 +25,67 @@ GPT2 = (  # pieces of text, words mostly, that no token crosses
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++"
     r"| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
+# Longer runs of blanks, letters, digits or other signs are cut: tiktoken panics at a million blanks.
+LONGEST = 2**15
+KINDS = (r"\s", r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)")
+LONG_RUN = re.compile("|".join(f"{kind}{{{LONGEST}}}" for kind in KINDS))
+BLOCK = 2**22  # characters that are tokenised at once
 
 
 # ---- tokenizers
 
 
 def tokenizer(name: str = "tinystories") -> tiktoken.Encoding:
-    """Our own `tinystories`, `bytes`, or an encoding of tiktoken, which downloads it.
+    """Our own `tinystories`, `bytes`, a file of ranks, or an encoding of tiktoken (a download).
 
-    ValueError: no such name. OSError: no download.
+    ValueError: no such name, or no ranks in the file. OSError: no download.
     """
-    if name in ("tinystories", "bytes"):
-        ranks = {bytes([i]): i for i in range(256)}
-        if name == "tinystories":  # tiktoken's own reader would not notice that the file changed
-            tokens = RANKS.read_bytes().split()[::2]
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokens)}
-        special = {END: len(ranks)}
-        return tiktoken.Encoding(name, pat_str=GPT2, mergeable_ranks=ranks, special_tokens=special)
+    if name == "bytes":
+        return own_encoding(name, [bytes([i]) for i in range(256)])
+    if name == "tinystories":
+        return own_encoding(name, read_ranks(RANKS))
+    if Path(name).is_file():
+        return own_encoding(Path(name).stem, read_ranks(Path(name)))
     names = ["tinystories", "bytes", *tiktoken.list_encoding_names()]
-    hint = f"there are {', '.join(names)}{nearest(name, names)}"
+    hint = f"there are {', '.join(names)}, and files of ranks{nearest(name, names)}"
     require(name in names, f"no tokenizer is called {name!r}; {hint}")
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:
         fault = f"no network to download {name}, nor is it in TIKTOKEN_CACHE_DIR"
         raise OSError(f"{fault}; try tinystories") from error
+
+
+def own_encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
+    """The tokenizer of these tokens, which stand in the order of their ranks, and of END."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    special = {END: len(ranks)}
+    return tiktoken.Encoding(name, pat_str=GPT2, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_ranks(path: Path) -> list[bytes]:
+    """The tokens of a file of lines "base64 rank". ValueError: that is not what it holds."""
+    fault = f"{path} is no file of ranks; python -m lab.tools.texts TEXT NEW_FILE makes one"
+    tokens = []
+    for line in path.read_bytes().splitlines():
+        token, _, rank = line.partition(b" ")
+        require(rank == b"%d" % len(tokens), fault)
+        tokens.append(base64.b64decode(token))  # its errors are ValueErrors
+    complete = {bytes([i]) for i in range(256)} <= {*tokens}
+    require(complete and len({*tokens}) == len(tokens), fault)
+    return tokens
+
+
+def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """The tokens of a text. Only runs of over 32,768 alike characters are cut."""
+    if len(text) < LONGEST:
+        return encoding.encode_ordinary(text)
+    tokens = []
+    start = 0
+    for run in LONG_RUN.finditer(text):
+        tokens += encoding.encode_ordinary(text[start : run.end()])
+        start = run.end()
+    return tokens + encoding.encode_ordinary(text[start:])
 
 
 def train_tokenizer(path: str, size: int = 2047) -> bytes:
@@ -66,7 +102,7 @@ def train_tokenizer(path: str, size: int = 2047) -> bytes:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
-    bpe.train_from_iterator(documents(path), trainer)
+    bpe.train_from_iterator((text for text, _ in documents(path)), trainer)
     lines = []
     for rank in range(bpe.get_vocab_size()):
         token = bytes(byte_of[letter] for letter in bpe.id_to_token(rank))
@@ -77,82 +113,121 @@ def train_tokenizer(path: str, size: int = 2047) -> bytes:
 # ---- files of tokens
 
 
-def documents(path: str) -> Iterator[str]:
-    """Yield the documents of a UTF-8 text of any size, stripped.
+def documents(path: str) -> Iterator[tuple[str, bool]]:
+    """Yield the documents of a UTF-8 text of any size, stripped, and True with each.
 
-    ValueError: the text is not UTF-8, or has fewer than two documents.
+    A long one comes in several blocks, with False but for the last. ValueError: the text is not
+    UTF-8, or holds no text.
     """
-    hint = f"end every document with a line {END}"
+    block, size = [], 0  # lines that wait, and their characters
+    inside = False  # whether blocks of this document have come before
     count = 0
-    lines = []  # of the document that is being read
-    size = 0  # its characters
-    with open(path, encoding="utf-8", newline="\n") as file:
+    for line in lines(path):
+        ended = line == ""
+        block.append(line)
+        size += len(line)
+        if not ended and size < BLOCK:
+            continue
+        text = "".join(block)
+        end = len(text) if ended else place_to_cut(text)
+        block, size = [text[end:]], len(text) - end
+        text = text[:end]
+        if not inside:
+            text = text.lstrip()
+        if ended:
+            text = text.rstrip()
+        if text or inside:
+            count += 1
+            yield text, ended
+        inside = not ended and bool(text or inside)
+    n_bytes = Path(path).stat().st_size
+    require(count > 0, f"{path} ({n_bytes:,} bytes) holds no text")
+
+
+def lines(path: str) -> Iterator[str]:
+    """Yield the lines of a text, long ones in pieces, and "" where a document ends.
+
+    A byte-order mark is no text, and every line end is a line feed.
+    """
+    starting = True  # whether a line starts here
+    with open(path, encoding="utf-8") as file:
         try:
-            for line in itertools.chain(file, [END]):  # the last END may be missing
-                if line.rstrip() != END:
-                    lines.append(line)
-                    size += len(line)
-                    small = size <= 2**23  # so that memory does not grow with the text
-                    require(small, f"{path} has a document of over 8 million characters; {hint}")
-                    continue
-                text = "".join(lines).strip()
-                if text:
-                    count += 1
-                    yield text
-                lines = []
-                size = 0
+            while line := file.readline(2**20):
+                line = line.replace("\ufeff", "")
+                ended = starting and line.rstrip() == END
+                starting = line.endswith("\n")
+                if ended:
+                    yield ""
+                elif line:
+                    yield line
         except UnicodeDecodeError as error:
             fault = f"{error.reason} {error.object[error.start]:#x}"
             hint = "convert it, or give a text file"
             raise ValueError(f"{path} is not UTF-8: {fault}; {hint}") from None
-    n_bytes = Path(path).stat().st_size
-    require(count > 1, f"{path} ({n_bytes:,} bytes) has {count} documents, expected more; {hint}")
+    yield ""  # the last END may be missing
 
 
-def read_tokens(path: str, encoding: tiktoken.Encoding, cache: str = "out/tokens") -> np.ndarray:
-    """The tokens of a text, END behind each document: memory-mapped (tokens,), uint16 or uint32.
+def place_to_cut(text: str) -> int:
+    """The last place where cutting changes no token: a single line end between two words."""
+    end = len(text)
+    for match in re.finditer(r"\S\n(?=\S)", text):
+        end = match.end()
+    return end
 
-    They are made once, as a file that is named by the contents of text and tokenizer. ValueError:
-    a bad text.
+
+def read_tokens(path: str, encoding: tiktoken.Encoding, cache: str = "out/tokens"):
+    """The tokens of a text -> memory-mapped (tokens,), uint16 or uint32, and their checksum.
+
+    END stands behind each document. They are made once, as a file that is named by the contents of
+    text and tokenizer, and that ends with its checksum. ValueError: a bad text, or one that changed
+    in the meantime.
     """
     require(Path(path).is_file(), f"no such text file: {path}; expected the path of a UTF-8 text")
     dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
-    binary = Path(cache) / f"{identify(encoding)}-{sha256(path)[:16]}.bin"
-    if not binary.exists():
-        write_tokens(path, encoding, dtype, binary)
-    return np.memmap(binary, dtype, "r")
+    content = digest(Path(path))
+    binary = Path(cache) / f"{identify(encoding)}-{content[:16]}.bin"
+    if binary.is_file() and stored_tokens(binary, dtype) is None:
+        note(f"{binary} is damaged: its tokens are made anew")
+        binary.unlink()
+    if not binary.is_file():
+        write_tokens(path, encoding, dtype, binary, content)
+    return stored_tokens(binary, dtype)
 
 
-def write_tokens(path, encoding, dtype, binary: Path):
-    """Tokenise a text in flat memory, into a file that appears whole or not at all."""
-    binary.parent.mkdir(parents=True, exist_ok=True)
+def stored_tokens(binary: Path, dtype):
+    """The tokens of a file and their checksum; None where it does not fit."""
+    size = binary.stat().st_size - 32
+    if size <= 0 or size % dtype.itemsize:
+        return None
+    content = np.memmap(binary, np.uint8, "r")
+    tokens, checksum = content[:size].view(dtype), content[size:].tobytes().hex()
+    return (tokens, checksum) if digest(tokens) == checksum else None
+
+
+def write_tokens(path, encoding, dtype, binary: Path, content: str):
+    """Tokenise a text, whose checksum is `content`, in flat memory."""
     size = Path(path).stat().st_size
+    total = sha256()
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokens", leave=False, disable=None)
-    with bar, tempfile.TemporaryDirectory(dir=binary.parent) as folder:
-        temporary = Path(folder, "tokens")
-        with open(temporary, "wb") as file:
-            for text in documents(path):
-                tokens = [*encoding.encode_ordinary(text), encoding.eot_token]
-                file.write(np.array(tokens, dtype).tobytes())
-                bar.update(len(text) + len(f"\n{END}\n"))  # nearly: a letter can be several bytes
-        temporary.replace(binary)
+    with bar, whole(binary) as file:
+        for text, ended in documents(path):
+            tokens = encode(encoding, text)
+            if ended:
+                tokens.append(encoding.eot_token)
+            data = np.array(tokens, dtype).tobytes()
+            file.write(data)
+            total.update(data)
+            bar.update(len(text) + len(f"\n{END}\n"))  # nearly: a letter can be several bytes
+        file.write(total.digest())
+        same = digest(Path(path)) == content
+        require(same, f"{path} changed while it was tokenised; run this again")
 
 
 def identify(encoding: tiktoken.Encoding) -> str:
-    """The name of a tokenizer, and a checksum of its tokens."""
-    digest = hashlib.sha256(GPT2.encode())
-    for text in encoding.token_byte_values():
-        digest.update(b"%s %d\n" % (text, encoding.encode_single_token(text)))
-    return f"{encoding.name}-{digest.hexdigest()[:8]}"
-
-
-def sha256(path) -> str:
-    """The checksum of a file of any size."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    """The name of a tokenizer, and a checksum of its tokens and of how texts are read."""
+    tokens = encoding.token_byte_values()
+    lines = [b"%s %d\n" % (text, encoding.encode_single_token(text)) for text in tokens]
+    return f"{encoding.name}-{digest(GPT2, LONG_RUN.pattern, *lines)[:8]}"
 
 
 # ---- TinyStories
@@ -177,11 +252,14 @@ def tinystories() -> list[str]:
 
 
 def main(argv) -> int:
-    """Learn the tokenizer `tinystories` -> the exit code."""
-    if len(argv) != 1:
-        raise Usage("expected the path of a text: python -m lab.tools.texts PATH")
-    size = RANKS.write_bytes(train_tokenizer(argv[0]))
-    print(f"wrote {size:,} bytes to {RANKS}")
+    """Learn a tokenizer -> the exit code."""
+    if len(argv) != 2:
+        raise Usage("expected a text and a new file: python -m lab.tools.texts TEXT NEW_FILE")
+    text, path = argv[0], Path(argv[1])
+    require(not path.exists(), f"{path} is there already; name a new file")
+    ranks = train_tokenizer(text)
+    write(path, ranks)
+    print(f"wrote {len(ranks):,} bytes to {path}; train with --tokenizer {path}")
     return 0
 
 

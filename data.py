@@ -13,13 +13,16 @@ Letters in the shape comments: n sequences or prompts, T tokens, V vocabulary.
 import math
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lab.tools.texts import read_tokens, tinystories, tokenizer
+from lab.tools.cli import note
+from lab.tools.files import digest
+from lab.tools.texts import identify, read_tokens, tinystories, tokenizer
 from moe import IGNORE, require
 
 # --------------------------------------------------------------------------------- what a task is
@@ -60,6 +63,7 @@ class Task(Protocol):
     preset_sizes: ClassVar = {}  # fields of MoEConfig that presets start from
     preset_hint = ""  # flags with which every preset has the parameters that it should have
     next_commands: ClassVar = {}  # what to run after training -> what it does
+    content: ClassVar = {}  # what it is made of -> its checksum, which a run remembers
     encoding = None  # where the task is text: the tokenizer
 
     def batch(self, step: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,6 +215,7 @@ class SkillsTask(Task):
         # Find where the training cells of each cue start, and where the last ones end.
         first_cells = self.N**2 * np.arange(self.CUES + 1)
         self.start = np.searchsorted(self.cells["train"], first_cells)  # (27,)
+        self.content = {"task": digest(*dealt, self.answer, self.dialect)[:16]}
 
     def batch(self, step: int, n: int):
         """n training sequences of four solved examples: tokens and targets (n, 20)."""
@@ -316,7 +321,9 @@ class TextData(Task):
 
     path, valid_path: UTF-8 texts, each document ended by a line END. The second is held back, or
     else the last tenth of the documents. Of these the first 500 (the first fifth of fewer than
-    2,500) are dev, for every choice, the others test. ValueError for a bad or too short text.
+    2,500) are dev, for every choice, the others test. Where documents are too few or too short for
+    that, such as in a book, it is done by place. What stands in the training text as well, or in
+    dev, is held out no more. ValueError for a bad or too short text.
     """
 
     name = "text"
@@ -351,22 +358,44 @@ class TextData(Task):
         for text in self.encoding.token_byte_values():
             self.token_bytes[self.encoding.encode_single_token(text)] = len(text)
 
-        # Tokenise; hold back the last tenth, of two documents or more, where nothing else is.
-        train = read_tokens(path, self.encoding, cache)
+        # Tokenise; hold something back, and divide that.
+        self.by_place = set()  # texts whose documents are too few, or too short, to be dealt out
+        train, checksum = read_tokens(path, self.encoding, cache)
+        held_out = valid_path or path
         if valid_path:
-            held_back = read_tokens(valid_path, self.encoding, cache)
+            held_back, valid_checksum = read_tokens(valid_path, self.encoding, cache)
+            checksum += valid_checksum
         else:
-            starts = self.starts(train)
-            n = len(starts)
-            train, held_back = np.split(train, [starts[min(n * 9 // 10, n - 3)]])
-        starts = self.starts(held_back)
-        dev, test = np.split(held_back, [starts[min(500, (len(starts) + 3) // 5)]])
-        self.rows = {"train": train, "dev": dev, "test": test}  # (tokens,) each, memory-mapped
+            n = len(self.starts(train))
+            train, held_back = self.cut(train, min(n * 9 // 10, n - 3), 0.9, path)
+        n = len(self.starts(held_back))
+        dev, test = self.cut(held_back, min(500, (n + 3) // 5), 0.2, held_out)
 
+        # What stands in another split as well is not held out.
+        dev = self.without_repeated(dev, "dev", [train])
+        test = self.without_repeated(test, "test", [train, dev])
+        self.rows = {"train": train, "dev": dev, "test": test}  # (tokens,) each, memory-mapped
         for split, row in self.rows.items():
-            source = path if split == "train" else valid_path or path
+            source = path if split == "train" else held_out
             hint = f"a context of {context} needs {context + 1}: give a longer text"
             require(len(row) > context, f"{split}, from {source}, has {len(row)} tokens; {hint}")
+        sizes = [len(row) for row in self.rows.values()]
+        text = digest(f"{checksum} {sizes}")[:16]
+        self.content = {"tokenizer": identify(self.encoding), "text": text}
+
+    def cut(self, row, n_documents: int, share: float, source: str):
+        """A row in two: behind so many documents, or else, of a book, behind a share of the tokens.
+
+        A half is always longer than the context. The second of the first cut has room for two.
+        """
+        place = self.starts(row)[max(0, n_documents)]
+        least = 2 * self.context + 1 if share > 0.5 else self.context
+        if place <= self.context or len(row) - place <= least:
+            place = int(share * len(row))
+            if source not in self.by_place:
+                note(f"{source} is split by place: its documents are too few, or too short")
+            self.by_place.add(source)
+        return np.split(row, [place])
 
     def starts(self, row):
         """Where each document of tokens (many,) starts, and where the last one ends."""
@@ -380,7 +409,25 @@ class TextData(Task):
     def documents(self, split: str) -> list[np.ndarray]:
         """The documents of a split in order, tokens (many,) that end with END."""
         row = self.rows[split]
-        return np.split(np.asarray(row), self.starts(row)[1:-1])
+        return np.split(np.asarray(row), self.starts(row)[1:])[:-1]  # nothing, or no whole one
+
+    def without_repeated(self, row, split: str, others: list):
+        """A row without those of its documents that also stand in other rows."""
+        starts = self.starts(row)
+        keys = document_keys(row, starts)
+        repeated = np.zeros(len(keys), bool)
+        for other in others:
+            other_starts = self.starts(other)
+            alike = np.flatnonzero(np.isin(document_keys(other, other_starts), keys))
+            texts = {other[other_starts[i] : other_starts[i + 1]].tobytes() for i in alike}
+            for i, start in enumerate(starts[:-1]):
+                repeated[i] |= row[start : starts[i + 1]].tobytes() in texts
+        if not repeated.any():
+            return row
+        note(f"{repeated.sum()} of {len(keys)} documents of {split} are not held out: left out")
+        documents = np.split(row, starts[1:])
+        kept = [document for document, skip in zip(documents, repeated, strict=False) if not skip]
+        return np.concatenate([row[:0], *kept, documents[-1]])
 
     def batch(self, step: int, n: int):
         """n windows of the training text: tokens (n, T), and the tokens that follow (n, T)."""
@@ -498,6 +545,16 @@ class TextData(Task):
         return "\n\n".join(texts)
 
 
+def document_keys(row, starts):
+    """A number for each document, the same for equal ones: of its length and of 16 tokens."""
+    lengths = np.diff(starts)
+    keys = lengths.astype(np.uint64)
+    for i in range(16):
+        tokens = row[starts[:-1] + lengths * i // 16].astype(np.uint64)
+        keys = keys * np.uint64(0x9E3779B97F4A7C15) + tokens
+    return keys
+
+
 def last_word(story, starting: set[int], continuing: set[int]) -> int:
     """The place of a story's last word; 0 where it is not a single token."""
     for place in range(len(story) - 2, 0, -1):  # the last token is END
@@ -513,10 +570,34 @@ TASKS = {"skills": SkillsTask, "tinystories": TextData, "text": TextData}
 
 
 def load_task(train: dict, context: int) -> Task:
-    """The task that a run with these settings (fields of TrainConfig) learns."""
+    """The task that a run with these settings (fields of TrainConfig) learns.
+
+    ValueError where it is not what the run was made of, by `content`.
+    """
     if train["data"] == "skills":
-        return SkillsTask(train["seed"])
-    paths = train["data_file"], train["valid_file"]
-    if train["data"] == "tinystories":
-        paths = tinystories()
-    return TextData(*paths, train["tokenizer"], context, train["seed"])
+        task = SkillsTask(train["seed"])
+    else:
+        paths = at_hand(train["data_file"]), at_hand(train["valid_file"])
+        if train["data"] == "tinystories":
+            paths = tinystories()
+        task = TextData(*paths, at_hand(train["tokenizer"]), context, train["seed"])
+    if "content" in train:
+        require_same(task, train["content"])
+    return task
+
+
+def at_hand(path: str | None) -> str | None:
+    """A file where a run says that it is, or else its namesake in the current folder, if any."""
+    if path and not Path(path).exists() and Path(Path(path).name).is_file():
+        return Path(path).name
+    return path
+
+
+def require_same(task: Task, content: dict):
+    """ValueError unless a task is made of what a run remembers."""
+    if not content:
+        note("this run is of an earlier version: whether its text has changed cannot be told")
+    for name, checksum in task.content.items():
+        before = content.get(name, checksum)
+        fault = f"the {name} is not the one of this run: {checksum} now, {before} then"
+        require(before == checksum, f"{fault}; give back what was changed, or train anew")

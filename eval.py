@@ -36,6 +36,7 @@ from lab.scores.cloze import accuracy, answer_questions, most_frequent
 from lab.scores.evaluation import places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, runs
+from lab.tools.files import write
 from lab.tools.report import label
 from lab.tools.statistics import scipy_stats, share_interval
 from moe import MoETransformer, require
@@ -103,7 +104,7 @@ def chosen_router(flags: dict):
 def save_scores(folder: Path, name: str, scores: dict | list) -> int:
     """Write scores as JSON beside the checkpoint -> 0."""
     path = folder / f"{name}.json"
-    runs.write(path, json.dumps(scores, indent=2).encode())
+    write(path, json.dumps(scores, indent=2).encode())
     print(f"wrote {path}")
     return 0
 

@@ -9,6 +9,7 @@ python train_toy.py --help                 every flag: the fields of TrainConfig
 import json
 import math
 import platform
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,15 @@ from lab.remixing.contest import taste
 from lab.scores.evaluation import final_scores, places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, report, runs
-from lab.tools.settings import TrainConfig, new_folder, new_settings, resumed_settings
+from lab.tools.files import owned_folder, write
+from lab.tools.settings import (
+    TrainConfig,
+    commands_left,
+    folder_of,
+    new_settings,
+    require_no_run,
+    resumed_settings,
+)
 from lab.tools.statistics import scipy_stats
 from moe import MoEConfig, Router, require
 
@@ -55,6 +64,8 @@ def main(argv=None) -> int:
             own = replace(train, seed=seed, seeds=1, model=model, twin=False)
             scores = train_run(own, sizes, single)
             if scores is None:
+                for command in commands_left(argv or sys.argv[1:], train, seed, model):
+                    print(f"and the runs behind it with\n    {command}")
                 return 130  # what a shell expects of a program that Ctrl-C has ended
             results[model].append(scores)
     if train.seeds > 1:
@@ -67,18 +78,32 @@ def train_run(train: TrainConfig, sizes: MoEConfig, single: bool) -> dict | None
 
     single: it is the only run, and so its folder has the name that --out gives.
     """
-    task = load_task(asdict(train), sizes.context)
+    settings = asdict(train)
+    if train.resume:
+        saved = runs.read_settings(Path(train.resume))["train"]
+        settings["content"] = saved.get("content", {})
+    task = load_task(settings, sizes.context)
     model, optimizer = start(train, sizes, task)
-    folder = Path(train.resume) if train.resume else new_folder(train, single)
-    print(report.describe(train, model, task, folder), end="\n\n")
-    finished, log = train_loop(model, optimizer, task, train, folder)
-    if not finished:
-        command = f"python train_toy.py --resume {folder}"
-        if train.router:
-            command += f" --router {train.router}"
-        print(f"\nstopped and saved; continue with\n    {command}")
+    folder = folder_of(train, single)
+    with owned_folder(folder):
+        if not train.resume:
+            require_no_run(folder)
+        print(report.describe(train, model, task, folder), end="\n\n")
+        try:
+            finished, log = train_loop(model, optimizer, task, train, folder)
+            if finished:
+                return finish(model, task, train, folder, log, single)
+        except KeyboardInterrupt:
+            print("\ninterrupted")
+        if (folder / "state.safetensors").exists():
+            words = ["python", "train_toy.py", "--resume", folder]
+            words += ["--router", train.router] if train.router else []
+            print(f"\nstopped and saved; continue with\n    {cli.command(*words)}")
         return None
 
+
+def finish(model, task: Task, train: TrainConfig, folder: Path, log, single: bool) -> dict:
+    """Draw, score and report a trained model -> its scores on test."""
     # Draw what happened, and which expert does what.
     what = f"{train.data}, seed {train.seed}"
     figures.loss_figure(log, task.guess, what, folder / "loss.png")
@@ -93,7 +118,7 @@ def train_run(train: TrainConfig, sizes: MoEConfig, single: bool) -> dict | None
 
     # Score it, and let it show what it can do.
     scores = final_scores(model, task)
-    runs.write(folder / "scores.json", json.dumps(scores).encode())
+    write(folder / "scores.json", json.dumps(scores).encode())
     samples = task.sample(model)
     if samples:
         print(f"\nthree samples:\n\n{samples}")
@@ -134,7 +159,10 @@ def train_loop(model, optimizer, task: Task, train: TrainConfig, folder: Path):
     finished is then False. ValueError where the loss or the gradient is no longer finite; the
     folder then keeps the last good weights.
     """
-    settings = {"model": asdict(model.config), "train": asdict(train)}
+    content = dict(task.content)
+    if train.router:
+        content["router"] = runs.code_of(type(model.routers()[0]))
+    settings = {"model": asdict(model.config), "train": asdict(train) | {"content": content}}
     settings["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
     first, log, losses = 0, [], []  # losses: those since the last line of the log
     if train.resume:

@@ -7,20 +7,21 @@
 Letters in the shape comments:  m references    T tokens    E experts    R rows    O options
 """
 
-import hashlib
+import inspect
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from checks import require
+from lab.tools.files import digest, read_tensors, write_tensors
 from pathways.checks import require_labels, require_routers
 from pathways.prompts import best_token, padded, portions
 from pathways.tail import Prefix, Tail, frozen
+
+OURS = ("torch", "moe", "cartesian", "lab")  # modules whose classes follow from a model's config
 
 
 @dataclass
@@ -110,25 +111,16 @@ class ReferenceSet:
 
     def save(self, path):
         """Write a safetensors file, whole or not at all. Prefixes are not saved: they are large."""
-        tensors = {}
-        for name, value in vars(self).items():
-            if torch.is_tensor(value):
-                tensors[name] = value.clone(memory_format=torch.contiguous_format)
-        about = {"model": self.model, "token": self.token}
-        temporary = Path(f"{path}.tmp")
-        safetensors.torch.save_file(tensors, temporary, about)
-        temporary.replace(path)
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        write_tensors(Path(path), tensors, {"model": self.model, "token": self.token})
 
     @classmethod
     def load(cls, path, model) -> "ReferenceSet":
         """ValueError for a file that is missing, is no reference set, or is of another model."""
-        require(Path(path).is_file(), f"no such reference set: {path}")
+        tensors, about = read_tensors(Path(path), "reference set")
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             references = cls(**tensors, **about)
-        except (safetensors.SafetensorError, TypeError) as error:
+        except TypeError as error:
             mend = "ReferenceSet.save makes one"
             raise ValueError(f"{path} is not a reference set ({error}); {mend}") from None
         references.require_model(model, path)
@@ -210,10 +202,24 @@ def n_bytes(tensors) -> int:
 
 
 def fingerprint(model) -> str:
-    """What tells a model from all others: a hash of its sizes and weights."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        flat = weight.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """What tells a model from all others: a hash of its sizes, its weights, and classes of others.
+
+    It is the same whether the model is compiled, in training, or on another device.
+    """
+    values = [repr(model.config)]
+    for module in model.modules():
+        kind = type(module)
+        if kind.__module__.partition(".")[0] not in OURS:
+            values.append(f"{kind.__qualname__} {source_of(kind)} ")
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        name = name.replace("_orig_mod.", "")  # of a compiled model
+        values += [f"{name} {tuple(weight.shape)} {weight.dtype}", weight]
+    return digest(*values)
+
+
+def source_of(kind: type) -> str:
+    """The code of a class; nothing where it cannot be had, as from a prompt of Python."""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""

@@ -1,6 +1,5 @@
 """Small tools: runs with a router of one's own, intervals, packages that are missing."""
 
-import json
 import sys
 
 import pytest
@@ -47,12 +46,12 @@ def test_a_run_opens_with_its_own_router(saved):
 
 def test_opening_a_run_executes_no_code(saved):
     """A router of one's own is asked for, never imported; and refused where a run has none."""
-    folder, _ = saved
+    folder, model = saved
     with pytest.raises(ValueError, match="name it again, with --router sigmoid_router:Sigmoid"):
         runs.load(folder)
     settings = runs.read_settings(folder)
     settings["train"].pop("router")
-    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    runs.save(folder, model, torch.optim.AdamW(model.parameters()), 0, settings, [], [])
     with pytest.raises(ValueError, match=r"trained with the router of moe\.py; leave --router out"):
         runs.load(folder, Router)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from lab.tools.files import whole
+
 # Colours that colour-blind readers can tell apart.
 INK, BLUE, ORANGE, GREY = "#222222", "#0072B2", "#D55E00", "#9a9a9a"
 COLOURS = (ORANGE, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, GREY)
@@ -34,7 +36,8 @@ def figure(width: float, height: float, **grid):
 def keep(fig, path: Path | None):
     """The figure, written to a file where a path is given."""
     if path:
-        fig.savefig(path)
+        with whole(Path(path)) as file:
+            fig.savefig(file, format=Path(path).suffix[1:])
     return fig
 
 

@@ -11,7 +11,6 @@ Everything that is saved and opened again stands on these, tensors with a checks
 import os
 import secrets
 import socket
-from collections.abc import Iterable
 from contextlib import contextmanager
 from glob import escape
 from hashlib import sha256
@@ -22,7 +21,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from moe import require
+from checks import require
 
 try:
     import fcntl
@@ -101,15 +100,17 @@ def owned_folder(folder: Path):
         raise Busy(f"{folder} is being written to by {owner or 'another process'}") from None
 
 
-def new(names: Iterable[Path]) -> Path:
-    """Make the first of these folders that does not exist yet."""
-    for folder in names:
+def new_folder(folder: Path) -> Path:
+    """Make a folder of this name, or else the first NAME-2, NAME-3, ... that is free."""
+    name, number = folder, 1
+    while True:
         try:
-            folder.mkdir(parents=True)
+            name.mkdir(parents=True)
         except FileExistsError:
-            continue
-        return folder
-    raise ValueError("all names are taken")
+            number += 1
+            name = folder.with_name(f"{folder.name}-{number}")
+        else:
+            return name
 
 
 # ------------------------------------------------------------------------------------ whole files

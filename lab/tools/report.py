@@ -120,7 +120,7 @@ def report(train, model, task, scores: dict, seconds: float, loads: dict, folder
     # Speed, files, and what to do next.
     n_tokens = train.steps * task.batch(0, train.batch)[0].numel()
     speed = f"{n_tokens / seconds:,.0f} a second"
-    files = sorted(path.name for path in folder.iterdir())
+    files = sorted(path.name for path in folder.glob("[!.]*"))
     figure = folder / ("routing.png" if loads else "loss.png")
     rows = [
         ("trained", f"{n_tokens:,} tokens in {seconds:.0f} s ({speed})"),

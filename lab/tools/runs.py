@@ -7,6 +7,7 @@ no code.
 """
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -80,14 +81,18 @@ def load(folder: Path, router: type | None = None):
     ValueError where the folder holds no run, where it does not fit, or where the router is missing.
     """
     settings, weights = read_last_save(folder)
-    require_router(folder, settings["train"], router)
+    train = settings["train"]
+    train.setdefault("content", {})  # earlier versions do not say what a run was made of
+    require_router(folder, train.get("router"), router)
+    if router and train["content"].get("router") not in (None, code_of(router)):
+        note(f"the file of {train['router']} has changed since {folder} was trained")
     try:
         model = build_model(settings["model"], router or Router)
     except (ValueError, TypeError) as error:
         path = folder / "config.json"
         raise ValueError(f"{path} describes no model of ours: {error}") from None
     load_weights(model, weights, folder)
-    return model.eval(), settings["train"]
+    return model.eval(), train
 
 
 def read_last_save(folder: Path) -> tuple[dict, dict]:
@@ -114,16 +119,12 @@ def read_last_save(folder: Path) -> tuple[dict, dict]:
     return settings, weights
 
 
-def require_router(folder: Path, train: dict, router: type | None):
-    """ValueError unless a router is given for a run that names one, and for no other.
-
-    train: the settings of its training. Where the router's file has changed since, that is said.
-    """
-    name = train.get("router")
+def require_router(folder: Path, name: str | None, router: type | str | None):
+    """ValueError unless a router is given for a run that names one, and for no other."""
     require(
         router is not None or not name,
         f"{folder} was trained with a router of your own, and opening a run executes no code: "
-        f"name it again, with --router {name}",
+        f"name it again, with {command('--router', name)}",
     )
     require(
         router is None or bool(name),
@@ -147,7 +148,7 @@ def router_class(name: str) -> type[Router]:
     try:
         importlib.invalidate_caches()
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
+    except Exception as error:  # it may do anything
         raise ValueError(f"--router {name}: {module_name} cannot be imported: {error}") from None
     finally:
         sys.path.remove(os.getcwd())
@@ -160,6 +161,11 @@ def router_class(name: str) -> type[Router]:
         f"--router {name}: {class_name} is no subclass of moe.Router",
     )
     return router
+
+
+def code_of(router: type) -> str:
+    """The checksum of the file that a class is defined in."""
+    return digest(Path(inspect.getfile(router)))
 
 
 def newest(parent: Path = Path("out")) -> Path:

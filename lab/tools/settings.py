@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from data import TASKS
 from lab.composing.presets import PRESETS, config_class, preset
 from lab.tools import cli, runs
+from lab.tools.files import new_folder
 from moe import MoEConfig, require
 
 CHANGEABLE = ("resume", "device", "compile", "taste")  # flags that a resumed run may change
@@ -61,8 +62,16 @@ class TrainConfig:
         require(named, "--data text needs --data-file PATH")
 
 
+def absolute(given: dict):
+    """Name files by their whole paths, so that a run can be opened from other folders."""
+    for name in ("data_file", "valid_file", "tokenizer"):
+        if given.get(name) and Path(given[name]).is_file():
+            given[name] = str(Path(given[name]).absolute())
+
+
 def new_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     """Settings of a new run: the flags over what the task wants, over the defaults."""
+    absolute(given)
     # What the task wants, and what the flags say.
     if given.get("data_file") and "data" not in given:
         given["data"] = "text"
@@ -89,6 +98,7 @@ def new_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
 def resumed_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     """Settings of the run to continue. Usage names every flag that asks for something else."""
     # Most flags have to say what the run has, or nothing.
+    absolute(given)
     folder = Path(given["resume"])
     saved = runs.read_settings(folder)
     old = {**saved["model"], **saved["train"]}
@@ -109,26 +119,37 @@ def resumed_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     return train, cli.fill(config_class(saved["model"]), saved["model"])
 
 
-def new_folder(train: TrainConfig, single: bool) -> Path:
-    """out/DATA-sSEED, or the next free name; --out names another, which may not hold a run yet."""
+def folder_of(train: TrainConfig, single: bool) -> Path:
+    """The folder of a run: as --resume or --out says, or else a new one, out/DATA-sSEED.
+
+    single: no other runs come with it, so that its name is just --out.
+    """
+    if train.resume:
+        return Path(train.resume)
     kind = ""
     if train.preset:
         kind = f"-{train.preset}"
     if train.model == "dense":
         kind = "-dense"
+    if train.out:
+        return Path(train.out if single else f"{train.out}{kind}-s{train.seed}")
+    return new_folder(Path(f"out/{train.data}{kind}-s{train.seed}"))
 
-    # Without --out: the first name that is free.
-    if not train.out:
-        name = f"{train.data}{kind}-s{train.seed}"
-        folder = Path("out", name)
-        number = 1
-        while folder.exists():
-            number += 1
-            folder = Path("out", f"{name}-{number}")
-        return folder
 
-    folder = Path(train.out if single else f"{train.out}{kind}-s{train.seed}")
-    if (folder / "config.json").exists():
-        hint = f"continue it with --resume {folder}, or name another --out"
-        raise cli.Usage(f"{folder} holds a run already; {hint}")
-    return folder
+def require_no_run(folder: Path):
+    """Usage unless a new run may be written to a folder."""
+    there = [name for name in runs.FILES if (folder / name).exists()]
+    if there:
+        hint = f"continue it with {cli.command('--resume', folder)}, or name another --out"
+        raise cli.Usage(f"{folder} holds a run already ({there[0]}); {hint}")
+
+
+def commands_left(argv: list[str], train: TrainConfig, seed: int, model: str) -> list[str]:
+    """The commands for the runs of --seeds and --twin that come after this one."""
+    commands = []
+    if train.twin and model == "moe":
+        commands.append(["--no-twin", "--model", "dense", "--seed", seed, "--seeds", 1])
+    n_left = train.seed + train.seeds - seed - 1
+    if n_left:
+        commands.append(["--seed", seed + 1, "--seeds", n_left])
+    return [cli.command("python", "train_toy.py", *argv, *flags) for flags in commands]

@@ -1,6 +1,6 @@
 """What is behind a text: tokenizers, files of tokens, the download of TinyStories.
 
-data.py stands on this file, which therefore imports nothing but moe.py, cli.py and files.py.
+data.py stands on this file, which therefore imports nothing but checks.py, cli.py and files.py.
 
 python -m lab.tools.texts TEXT NEW_FILE    learn a tokenizer, for train_toy.py --tokenizer NEW_FILE
 """
@@ -15,9 +15,9 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
+from checks import require
 from lab.tools.cli import Usage, nearest, note, program
 from lab.tools.files import digest, whole, write
-from moe import require
 
 END = "<|endoftext|>"  # alone on a line, it ends a document
 RANKS = Path(__file__).parents[1] / "tinystories-2048.tiktoken"
@@ -25,7 +25,7 @@ GPT2 = (  # pieces of text, words mostly, that no token crosses
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++"
     r"| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
-# Longer runs of blanks, letters, digits or other signs are cut: tiktoken panics at a million blanks.
+# Longer runs of blanks, letters, digits or signs are cut: tiktoken panics at a million blanks.
 LONGEST = 2**15
 KINDS = (r"\s", r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)")
 LONG_RUN = re.compile("|".join(f"{kind}{{{LONGEST}}}" for kind in KINDS))

@@ -6,6 +6,7 @@ python eval.py sample         let it tell a story
 python eval.py cloze          choose the last word of stories
 python eval.py remix          C3PO: re-mix its experts for each prompt, beside all rivals
 python eval.py robustness     what it loses where its routing goes wrong
+python eval.py playground     a page in which you move its experts, and see the answer change
 python eval.py sharing        which experts a Cartesian model composes, and how alike they are
 python eval.py choice         benchmarks, on a checkpoint of the hub: --model PATH_OR_REPO
 
@@ -26,6 +27,7 @@ from lab.checkpoints import choice
 from lab.composing.figures import robustness_figure, sharing_figure
 from lab.composing.robustness import robustness, robustness_table
 from lab.composing.sharing import sharing, sharing_table
+from lab.playground.page import assemble, page_data
 from lab.remixing.arena import arena_of
 from lab.remixing.contest import contest
 from lab.remixing.figures import contest_figures, sweeps_figure
@@ -340,6 +342,17 @@ def sharing_command(argv) -> int:
     return save_scores(folder, f"sharing-{split}", rows)
 
 
+def playground_command(argv) -> int:
+    """A page that runs the model, to move its experts by hand: one file, no network."""
+    parser = command_parser("playground", playground_command.__doc__, split=False)
+    folder, model, task, _ = open_run(parser.parse(argv))
+    page = assemble(page_data(model, task, folder.name))
+    path = folder / "playground.html"
+    runs.write(path, page.encode())
+    print(f"wrote {path} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    return 0
+
+
 COMMANDS = {
     "perplexity": perplexity_command,
     "routing": routing_command,
@@ -347,6 +360,7 @@ COMMANDS = {
     "cloze": cloze_command,
     "remix": remix_command,
     "robustness": robustness_command,
+    "playground": playground_command,
     "sharing": sharing_command,
     "choice": choice.main,
 }

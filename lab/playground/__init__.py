@@ -1,0 +1,1 @@
+"""The playground: a trained model in a page (page.py, *.js), and moving pictures of it."""

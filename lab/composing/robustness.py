@@ -160,15 +160,15 @@ def require_replaceable(model, routers: list[Router]):
 # ---- what is measured
 
 
-def robustness(model, task, split: str = "test", most: int | None = 128) -> dict[str, dict]:
-    """A row for each protocol: the loss, and the shares that it takes from tokens.
+def robustness(model, task, split: str = "test") -> dict[str, dict]:
+    """A row for each protocol: the loss on 128 windows, and the shares that it takes from tokens.
 
     experts: of those that they would visit; mass: of the routing mass of these.
     """
     rows = {}
     for name, (routers, change) in protocols(model).items():
         with disturbed(routers, change) as lost:
-            loss = task.score(model, split, most)["loss"]
+            loss = task.score(model, split, most=128)["loss"]
         # Routers that were left alone lost nothing.
         experts, mass = 0.0, 0.0
         if lost:

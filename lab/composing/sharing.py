@@ -44,12 +44,13 @@ def mutual_information(a, b) -> float:
     return float(torch.xlogy(joint, joint / independent.clamp(min=1e-12)).sum())
 
 
-def shuffled_information(a, b, draws: int = 20) -> float:
+def shuffled_information(a, b) -> float:
     """The information that so few tokens show where there is none.
 
-    It is a mean over draws in which B's choices are dealt out among the tokens at random.
+    It is a mean over 20 draws in which B's choices are dealt out among the tokens at random.
     """
     generator = torch.Generator().manual_seed(0)
+    draws = 20
     total = 0.0
     for _ in range(draws):
         order = torch.randperm(len(b), generator=generator)
@@ -146,11 +147,11 @@ def composed_blocks(model) -> list[int]:
 
 
 @torch.no_grad()
-def sharing(model, task, split: str = "test", most: int = 64, compared: int = 256) -> list[dict]:
-    """A row for each Cartesian block, measured on tokens of a split.
+def sharing(model, task, split: str = "test") -> list[dict]:
+    """A row for each Cartesian block, measured on 64 windows of a split.
 
     layer; information (nats) and what shuffled tokens show; most: its bound; use (E, E): how often
-    tokens visit each composed expert, of all visits; alike: cosines on `compared` of the tokens.
+    tokens visit each composed expert, of all visits; alike: cosines on 256 of the tokens.
     ValueError for a model of another kind.
     """
     blocks = composed_blocks(model)
@@ -164,7 +165,7 @@ def sharing(model, task, split: str = "test", most: int = 64, compared: int = 25
         for norm, pieces in zip(model.blocks[i].ffn_norms, inputs[i], strict=True):
             hooks.append(norm.register_forward_pre_hook(keep_input(pieces)))
     try:
-        for _ in passes(model, task.kinds(split, most=most).tokens):
+        for _ in passes(model, task.kinds(split, most=64).tokens):
             pass
     finally:
         for hook in hooks:
@@ -174,7 +175,7 @@ def sharing(model, task, split: str = "test", most: int = 64, compared: int = 25
     rows = []
     for i in blocks:
         x, u = (torch.cat(pieces) for pieces in inputs[i])  # (N, D) each
-        rows.append(sharing_row(model, i, x, u, compared))
+        rows.append(sharing_row(model, i, x, u))
     return rows
 
 
@@ -187,7 +188,7 @@ def keep_input(pieces: list):
     return hook
 
 
-def sharing_row(model, layer: int, x, u, compared: int) -> dict:
+def sharing_row(model, layer: int, x, u) -> dict:
     """The row of one block, where x (N, D) enters A and u (N, D) enters B."""
     # Where tokens go, in A and in B.
     block = model.blocks[layer]
@@ -198,7 +199,7 @@ def sharing_row(model, layer: int, x, u, compared: int) -> dict:
     visits_of_a_token = float(a.sum(1).mean() * b.sum(1).mean())
 
     # What composed experts answer to a sample of the tokens.
-    n = min(compared, len(a))
+    n = min(256, len(a))
     sample = torch.linspace(0, len(a) - 1, n, device=a.device).long()  # (n,) tokens
     outputs = composed_outputs(block, x[sample], mass_a[sample], mass_b[sample])
     used = a[sample, :, None] * b[sample, None]  # (n, E, E)

@@ -5,8 +5,10 @@ from statistics import NormalDist
 
 import numpy as np
 
+LEVEL = 0.95  # of all intervals
 
-def interval(values, level: float = 0.95):
+
+def interval(values):
     """Mean of n independent values, and half the width of its confidence interval.
 
     The interval is Student's t with n - 1 degrees of freedom. ValueError for fewer than 2 values.
@@ -20,7 +22,7 @@ def interval(values, level: float = 0.95):
     if n < 2:
         raise ValueError(f"an interval needs at least 2 values, found {n}")
     error = values.std(ddof=1) / n**0.5  # standard error of the mean
-    t = scipy_stats().t.ppf(0.5 + level / 2, n - 1)
+    t = scipy_stats().t.ppf(0.5 + LEVEL / 2, n - 1)
     return values.mean(), t * error
 
 
@@ -29,14 +31,14 @@ def paired(a, b) -> float:
     return float(scipy_stats().ttest_rel(a, b).pvalue)
 
 
-def share_interval(right: int, n: int, level: float = 0.95):
+def share_interval(right: int, n: int):
     """Wilson's confidence interval (low, high) of a share: `right` of n independent trials.
 
     >>> low, high = share_interval(8, 10)
     >>> print(f"{low:.2f} to {high:.2f}")
     0.49 to 0.94
     """
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     share = right / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
@@ -45,7 +47,7 @@ def share_interval(right: int, n: int, level: float = 0.95):
     return low, high
 
 
-def bootstrap(values, clusters, level: float = 0.95, draws: int = 2000):
+def bootstrap(values, clusters):
     """The interval (low, high) of a mean over seeds of the mean within a seed.
 
     Seeds are drawn with replacement, and within each of them its clusters, such as cues.
@@ -58,7 +60,9 @@ def bootstrap(values, clusters, level: float = 0.95, draws: int = 2000):
         sums.append(np.bincount(number, value))  # (C,)
         sizes.append(np.bincount(number))  # (C,)
 
+    # Draw the seeds, and how often each of their clusters counts.
     rng = np.random.default_rng(0)
+    draws = 2000
     S = len(sums)
     means = np.zeros(draws)
     for picked in rng.integers(S, size=(S, draws)):  # (draws,) the seed that is drawn
@@ -68,7 +72,7 @@ def bootstrap(values, clusters, level: float = 0.95, draws: int = 2000):
             # How often each cluster is drawn: (draws of this seed, C).
             times = rng.multinomial(C, np.full(C, 1 / C), size=int(mine.sum()))
             means[mine] += (times @ sums[seed]) / (times @ sizes[seed]) / S
-    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    low, high = np.quantile(means, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
     return low, high
 
 

@@ -22,6 +22,7 @@ Letters in the shape comments:
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import pytest
@@ -251,13 +252,44 @@ class SigmoidRouter(Router):
 
 
 def full(*cases):
-    """Cases that only `pytest --full` runs."""
-    return [pytest.param(case, marks=pytest.mark.full) for case in cases]
+    """Cases that only `pytest --full` runs: names, or tuples of several values."""
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.full) for case in values]
 
 
 def close(actual, expected, tolerance=1e-10):
     """Equal to so many decimals."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@contextmanager
+def refused(*messages, error=ValueError):
+    """What is done inside is refused in one line, with these messages in it."""
+    with pytest.raises(error) as raised:
+        yield
+    line = str(raised.value)
+    assert "\n" not in line
+    for message in messages:
+        assert message in line
+
+
+def reached_by_one_token(model):
+    """How many parameters the gradient of one token's loss reaches."""
+    model(torch.tensor([[3]]), torch.tensor([[4]])).loss.backward()
+    reached = 0
+    for name, weight in model.named_parameters():
+        reached += weight.numel()
+        if ".experts." in name:
+            idle = ~weight.grad.flatten(1).any(1)  # (E,)
+            reached -= weight[0].numel() * int(idle.sum())
+    return reached
+
+
+def learning_routers(model):
+    """How many routers have a gradient of the loss."""
+    tokens, targets = torch.randint(V, (2, 4, 8))
+    model(tokens, targets).loss.backward()
+    return sum(bool(router.weight.grad.abs().max() > 1e-12) for router in model.routers())
 
 
 def decided(model):

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 # The repository's files; pytest itself adds only tests/.
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -33,3 +34,51 @@ def same_start():
     """Every test starts from one seed, on one thread: small models would wait for the others."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """call(module, flags) runs a program, in a folder of its own -> the exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def called(module, flags: str = "") -> int:
+        from lab.tools import cli
+
+        monkeypatch.setattr(sys, "argv", [module.__name__, *flags.split()])
+        with pytest.raises(SystemExit) as stop:
+            cli.program(module.main)
+        return stop.value.code
+
+    return called
+
+
+@pytest.fixture
+def train(call):
+    """train(flags) trains a tiny model for six steps -> the exit code."""
+    sizes = "--d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
+    steps = "--no-taste --steps 6 --batch 8 --eval-every 2"
+
+    def trained(flags: str = "") -> int:
+        import train_toy
+
+        return call(train_toy, f"{steps} {sizes} {flags}")
+
+    return trained
+
+
+@pytest.fixture
+def complaint(capsys):
+    """complaint() is the one line that a program wrote to stderr."""
+
+    def one_line() -> str:
+        text = capsys.readouterr().err.strip()
+        assert "\n" not in text
+        return text
+
+    return one_line
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures take most of the time of a tiny run: they are made, but not written."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_hand import full, refused
 
 import hf
 from lab.checkpoints import choice, remixed
 from lab.checkpoints.benchmarks import BENCHMARKS, Item, as_problems, make_prompts, read_items
 from lab.scores.cloze import answer_questions
-from lab.tools import cli
 from moe import MoEConfig, MoETransformer
 from pathways import ReferenceSet
 
@@ -70,17 +70,17 @@ def changed(row, values):
     return {key: values.get(key, value) for key, value in row.items()}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ["arc_challenge", *full(*list(ROWS)[1:])])
 def test_row_formats(name, tmp_path):
     """A row that hides its answer is left out, one of another kind is named."""
     row, expected = ROWS[name]
     path = tmp_path / "rows.jsonl"
     hidden = changed(row, HIDDEN)
     assert read_items(name, write(path, [row, hidden])) == [expected]
-    with pytest.raises(ValueError, match=r"has 1 questions of .*, but no answers"):
+    with refused("has 1 questions of ", "but no answers"):
         read_items(name, write(path, [hidden]))
     for bad in (changed(row, WRONG), {"x": 1}, [1]):
-        with pytest.raises(ValueError, match=f"row 2, is no row of {name}"):
+        with refused(f"row 2, is no row of {name}"):
             read_items(name, write(path, [row, bad]))
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -163,7 +163,7 @@ def test_prompts(folder):
     assert read == "<s>Question: What is hot?\nAnswer: fire\n\nQuestion: Why not?\nAnswer: so"
     assert end == " so"
     assert LETTERS.endswith(texts("letters", shots=[shot], context=9)[0])  # the beginning is lost
-    with pytest.raises(ValueError, match="does not fit into a context of 1 tokens"):
+    with refused("does not fit into a context of 1 tokens"):
         texts("full", context=1)
 
 
@@ -266,7 +266,6 @@ MISTAKES = {  # the flags behind --model, and what is said of them
     "--data-file rows --shots 3 --shots-file rows": "--shots 3, but rows has only 2 examples",
     "--data-file rows --out noise": "cannot be continued",
     "--data-file rows --out other": "it is about another dtype, model, prompts, task",
-    "--data-file rows --references sciq --reference-files rows": "row 1, is no row of sciq",
     "--data-file rows --references arc_easy --reference-files rows --k 1": "are references too",
 }
 
@@ -279,14 +278,7 @@ def test_mistakes(flags, folder, tmp_path, monkeypatch):
     write(tmp_path / "rows", rows(2))
     Path("noise").write_text("[")
     Path("other").write_text("{}\n")
-    with pytest.raises(ValueError, match=MISTAKES[flags]) as error:
+    with refused(MISTAKES[flags]):
         choice.main(["--model", str(folder), *flags.split()])
-    assert "\n" not in str(error.value)
     assert Path("noise").read_text() == "["
     assert Path("other").read_text() == "{}\n"
-
-
-def test_a_checkpoint_is_needed():
-    """Without a checkpoint the usage is wrong."""
-    with pytest.raises(cli.Usage, match="--model is missing"):
-        choice.main([])

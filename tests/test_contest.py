@@ -1,7 +1,6 @@
 """Re-mixing and its rivals: no method sees a label, and each does what its name says."""
 
 import json
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import close, decided
+from by_hand import close, decided, full, refused
 
+import eval as eval_py
 from lab.remixing import cost
 from lab.remixing.arena import Arena, Outcome, own_answers
 from lab.remixing.contest import contest, pooled
@@ -22,7 +22,6 @@ from lab.remixing.methods import METHODS, Method, answered, settings_of
 from lab.remixing.rivals import tuned_model
 from lab.remixing.sweeps import sweeps
 from lab.remixing.tables import gain_table, report
-from lab.tools import cli, statistics
 from moe import MoEConfig, MoETransformer
 from pathways import ReferenceSet, padded
 from remix import RemixConfig
@@ -50,7 +49,11 @@ def arena() -> Arena:
     return an_arena((3, 4, 5), 30)
 
 
-@pytest.mark.parametrize("name", METHODS)
+TAUGHT = ["NGD", "kernel regression", "in-context", "prefix for each", "oracle"]
+OTHERS = [name for name in METHODS if name not in TAUGHT]
+
+
+@pytest.mark.parametrize("name", [*TAUGHT, *full(*OTHERS)])
 def test_no_method_sees_a_label(arena, name):
     """Other labels, the same answers; only the oracle and its null answer otherwise.
 
@@ -81,7 +84,7 @@ def test_every_method_has_settings(arena):
         assert tuned in owner.tries
         expected = tuned | ({"lr": 0.7} if owner is METHODS["NGD"] else {})
         assert settings_of(name, arena, {"lr": 0.7}) == expected
-    with pytest.raises(ValueError, match="a method needs settings to try"):
+    with refused("a method needs settings to try"):
         Method(own_answers)
 
 
@@ -169,17 +172,6 @@ def test_tuning_learns_the_references(arena, only_routers):
         assert "router" in name or not (moved and only_routers)
 
 
-def test_bootstrap():
-    """Without spread the interval is a point; clusters count, not samples."""
-    clusters = [np.repeat(np.arange(25), 4)] * 3
-    rng = np.random.default_rng(0)
-    assert statistics.bootstrap([np.full(100, 0.25)] * 3, clusters) == (0.25, 0.25)
-    values = [np.repeat(rng.normal(size=25), 4) for _ in clusters]
-    low, high = statistics.bootstrap(values, clusters)
-    near, far = statistics.bootstrap(values, [np.arange(100)] * 3)  # were copies samples
-    assert high - low > 1.2 * (far - near)
-
-
 def test_pooled_counts():
     """Accuracy, gain, fixed and broken of two runs, by hand; then on two of the four prompts."""
     base = np.array([True, True, False, False])
@@ -237,22 +229,11 @@ def test_formula_is_what_the_profiler_counts():
 
 
 @pytest.mark.full
-def test_commands(tmp_path, monkeypatch, capsys):
+def test_commands(train, call, capsys):
     """A run ends with a taste of re-mixing; eval.py remix prints the table and writes files."""
-    import eval as eval_py
-    import train_toy
-
-    monkeypatch.chdir(tmp_path)
-    sizes = "--d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
-    remixing = "--split test --most 12 --methods NGD,oracle --steps 2 --strict"
-    lines = {
-        train_toy.main: f"train_toy.py --steps 2 --batch 2 --eval-every 2 --out out/a {sizes}",
-        eval_py.main: f"eval.py remix out/a {remixing}",
-    }
-    for main, line in lines.items():
-        monkeypatch.setattr(sys, "argv", line.split())
-        with pytest.raises(SystemExit, match="0"):
-            cli.program(main)
+    assert train("--taste --steps 2 --out out/a") == 0
+    flags = "--split test --most 12 --methods NGD,oracle --steps 2 --strict"
+    assert call(eval_py, f"remix out/a {flags}") == 0
     text = capsys.readouterr().out
     assert "re-mixing its experts" in text
     assert "clear cues" in text

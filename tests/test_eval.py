@@ -2,13 +2,13 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import full
 
 import eval as eval_py
 import train_toy
@@ -17,47 +17,32 @@ from data import SkillsTask, TextData
 from lab.scores.cloze import accuracy, answer_questions, most_frequent
 from lab.scores.evaluation import places
 from lab.scores.specialisation import specialisation
-from lab.tools import cli, runs
+from lab.tools import runs
 from lab.tools.texts import END
 from moe import MoEConfig, MoETransformer
 
-SMALL = (
-    "--no-taste --steps 2 --batch 2 --eval-every 2 "
-    "--d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
-)
 LAST = ["fox", "dog", "cat", "bed", "sun", "tree", "home", "day"]
 
 
-@pytest.fixture(autouse=True)
-def tales(tmp_path, monkeypatch):
-    """Every test in a folder of its own, with a text of 300 little stories."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def tales(tmp_path):
+    """A text of 300 little stories."""
     lines = []
     for i in range(300):
         word = LAST[(3 * i + i // 8) % 8]
         lines.append(f"Once upon a time there were {i} friends. They saw the {word}.\n{END}\n")
     (tmp_path / "tales.txt").write_text("".join(lines), encoding="utf-8")
-    return TextData("tales.txt", context=32)
-
-
-def call(module, line: str) -> int:
-    """A script with these flags, as a program -> its exit code."""
-    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module.__name__, *line.split()])
-        cli.program(module.main)
-    return stop.value.code
+    return TextData(str(tmp_path / "tales.txt"), context=32)
 
 
 @pytest.fixture
-def run(tales):
+def run(tales, train, undrawn):
     """The folder of a tiny model that has learnt the tales."""
-    folder = Path("out/tales")
-    flags = f"{SMALL} --data-file tales.txt --context 32 --out {folder}"
-    assert call(train_toy, flags) == 0
-    return folder
+    assert train("--steps 2 --data-file tales.txt --context 32 --out out/tales") == 0
+    return Path("out/tales")
 
 
-def test_perplexity_is_the_mean_over_all_tokens(run, tales, capsys):
+def test_perplexity_is_the_mean_over_all_tokens(run, tales, call, capsys):
     """Nats, perplexity and bits per byte are those of a plain loop over the windows."""
     assert call(eval_py, "perplexity --split test") == 0
     scores = json.loads((run / "perplexity-test.json").read_text())
@@ -76,7 +61,7 @@ def test_perplexity_is_the_mean_over_all_tokens(run, tales, capsys):
     assert scores["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, **close)
 
 
-def test_routing_counts_every_visit(run, tales, capsys):
+def test_routing_counts_every_visit(run, tales, call, capsys):
     """Loads, shares of a kind and entropy are those of a plain count."""
     assert call(eval_py, f"routing {run}") == 0
     text = capsys.readouterr().out
@@ -111,7 +96,7 @@ def test_routers_have_places():
 
 
 @pytest.mark.full
-def test_two_routers_in_reports(capsys):
+def test_two_routers_in_reports(tales, call, capsys):
     """A Cartesian run has A and B in its report and tables, and every command works on it."""
     sizes = "--n-layers 2 --d-model 32 --n-experts 4 --d-expert 32 --d-shared 32"
     text = "--data-file tales.txt --context 32"
@@ -124,7 +109,7 @@ def test_two_routers_in_reports(capsys):
     assert text.count("layer 1 B") == 3 and "noise 0.5" in text and "share neither" in text
 
 
-def test_sample_shows_what_generate_returns(run, tales, capsys):
+def test_sample_shows_what_generate_returns(run, tales, call, capsys, complaint):
     """A story comes token by token, the same that `generate` returns, without its end mark."""
     capsys.readouterr()
     assert call(eval_py, f"sample {run} --prompt Once --temperature 0 --tokens 12") == 0
@@ -136,7 +121,7 @@ def test_sample_shows_what_generate_returns(run, tales, capsys):
     story = tales.encoding.decode([token for token in tokens if token != end])
     assert shown == f"Once{story}\n"
     assert call(eval_py, f"sample {run} --prompt {'long' * 99}") == 1
-    assert "the prompt has" in capsys.readouterr().err
+    assert "the prompt has" in complaint()
     assert call(eval_py, f"sample {run} --split test") == 2  # it looks at no split
 
 
@@ -182,31 +167,30 @@ def test_evaluation_leaves_the_model_as_it_was(tales):
     assert tales.score(model, "dev") == tales.score(model, "dev") and model.training
 
 
-@pytest.mark.parametrize(
-    ("line", "code", "message"),
-    [
-        ("", 2, "expected a command: perplexity, routing, sample, cloze"),
-        ("choise", 2, "did you mean choice?"),
-        ("routing --spilt test", 2, "unknown flag --spilt; did you mean --split?"),
-        ("remix --methods NDG", 2, "unknown method 'NDG'; did you mean NGD?"),
-        ("perplexity", 1, "no run in out/: train one with python train_toy.py"),
-        ("perplexity nowhere", 1, "nowhere holds no run"),
-    ],
-    ids=["no command", "command", "flag", "method", "no run", "missing run"],
-)
-def test_wrong_usage(capsys, line, code, message):
+WRONG = {
+    "command": ("choise", 2, "did you mean choice?"),
+    "no command": ("", 2, "expected a command: perplexity, routing, sample, cloze"),
+    "flag": ("routing --spilt test", 2, "unknown flag --spilt; did you mean --split?"),
+    "method": ("remix --methods NDG", 2, "unknown method 'NDG'; did you mean NGD?"),
+    "no run": ("perplexity", 1, "no run in out/: train one with python train_toy.py"),
+    "missing run": ("perplexity nowhere", 1, "nowhere holds no run"),
+}
+
+
+@pytest.mark.parametrize("name", ["command", *full(*list(WRONG)[1:])])
+def test_wrong_usage(name, call, complaint):
     """A mistake is told in one line."""
-    assert call(eval_py, line) == code
-    error = capsys.readouterr().err.strip()
-    assert message in error and "\n" not in error
+    flags, code, message = WRONG[name]
+    assert call(eval_py, flags) == code
+    assert message in complaint()
 
 
 @pytest.mark.full
-def test_commands_that_a_run_cannot_answer(capsys):
+def test_commands_that_a_run_cannot_answer(train, call, capsys, complaint, undrawn):
     """A dense model has no routing, a skills model tells no stories, a MoE composes nothing."""
-    assert call(train_toy, f"{SMALL} --model dense --out out/dense") == 0
-    assert call(train_toy, f"{SMALL} --out out/moe") == 0
-    capsys.readouterr()
+    assert train("--steps 2 --model dense --out out/dense") == 0
+    assert "all dense" in capsys.readouterr().out
+    assert train("--steps 2 --out out/moe") == 0
     answers = {
         "routing out/dense": "is a dense model",
         "sample out/dense": "knows no text",
@@ -214,8 +198,8 @@ def test_commands_that_a_run_cannot_answer(capsys):
         "sharing out/moe": "composes no experts",
         "perplexity out/moe --router mine:Mine": "mine cannot be imported",
     }
-    for line, answer in answers.items():
-        assert call(eval_py, line) == 1
-        assert answer in capsys.readouterr().err
+    for flags, answer in answers.items():
+        assert call(eval_py, flags) == 1
+        assert answer in complaint()
     assert call(eval_py, "perplexity out/dense --split test") == 0
     assert "accuracy" in capsys.readouterr().out

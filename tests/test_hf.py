@@ -2,19 +2,18 @@
 
 import json
 import random
-import re
 import shutil
 import sys
 
 import pytest
 import torch
-from by_hand import close
+from by_hand import SigmoidRouter, close, full, refused
 from safetensors.torch import load_file
 
 import hf
 from lab.checkpoints.untrusted import read_json
 from lab.speed.loading import watched
-from moe import MoEConfig, MoETransformer, Router
+from moe import MoEConfig, MoETransformer
 
 
 def edit(path, **changes):
@@ -66,7 +65,7 @@ CASES = {
     "qwen3_moe, divided and tied": {"norm_topk_prob": True, "decoder_sparse_step": 2, **TIED},
     "qwen3_moe, all experts": {"num_experts_per_tok": 5},
 }
-FULL = [pytest.param(case, marks=pytest.mark.full) for case in CASES if case not in FAMILIES]
+FULL = full(*list(CASES)[3:])
 
 
 def peer(case, dtype=torch.float64):
@@ -112,7 +111,7 @@ TOYS = {  # family -> a model of ours that belongs to it
 }
 
 
-@pytest.mark.parametrize("family", TOYS)
+@pytest.mark.parametrize("family", ["olmoe", "deepseek", *full("mixtral", "qwen3_moe")])
 def test_save(family, tmp_path):
     """A model of ours opens in transformers with the same logits; here it comes back unchanged."""
     model = scattered(MoETransformer(MoEConfig(**SMALL | TOYS[family])))
@@ -126,33 +125,27 @@ def test_save(family, tmp_path):
         theirs = pytest.importorskip("transformers").AutoModelForCausalLM
         theirs = theirs.from_pretrained(tmp_path / "saved")
         close(theirs(tokens).logits, model(tokens).logits, 1e-4)
-    with pytest.raises(ValueError, match="is there already"):
+    with refused("is there already"):
         hf.save(model, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]  # and no temporary folder
 
 
-class Other(Router):
-    """Another routing rule."""
+CANNOT = {
+    "olmoe, which cannot have {'d_shared': 8}": {"d_shared": 8},
+    "qwen3_moe, which cannot have {'clip_qkv': 1.0}": {"qk_norm": "head", "clip_qkv": 1.0},
+    "deepseek, which cannot have {'d_shared': 9}": {"qk_norm": "none", "d_shared": 9},
+    "cannot have {'dense_layers': (1,)": {"qk_norm": "none", "dense_layers": (1,)},
+}
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"d_shared": 8}, "olmoe, which cannot have {'d_shared': 8}"),
-        ({"qk_norm": "head", "clip_qkv": 1.0}, "qwen3_moe, which cannot have {'clip_qkv': 1.0}"),
-        ({"qk_norm": "none", "d_shared": 9}, "deepseek, which cannot have {'d_shared': 9}"),
-        ({"qk_norm": "none", "dense_layers": (1,)}, "cannot have {'dense_layers': (1,)"),
-    ],
-    ids=["shared expert", "clipping", "width", "dense layer"],
-)
-def test_save_refuses(changes, message, tmp_path):
+def test_save_refuses(tmp_path):
     """What no family can express is refused before anything is written."""
-    model = MoETransformer(MoEConfig(**SMALL | changes))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        hf.save(model, tmp_path / "saved")
-    model = MoETransformer(MoEConfig(**SMALL), router=Other)
-    with pytest.raises(ValueError, match="no family of the hub computes Other"):
+    for message, changes in CANNOT.items():
+        with refused(message):
+            hf.save(MoETransformer(MoEConfig(**SMALL | changes)), tmp_path / "saved")
+    model = MoETransformer(MoEConfig(**SMALL), router=SigmoidRouter)
+    with refused("no family of the hub computes SigmoidRouter"):
         hf.save(model, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
 
@@ -214,8 +207,10 @@ def deepseek(w, c, tokens):
     ("changes", "in_config"),
     [
         ({"dense_layers": (0,), "d_shared": 14}, {}),
-        ({"top_k": 1, "d_shared": 7}, {"norm_topk_prob": True}),  # which their code passes over
-        ({"top_k": 5, "norm_topk": True, "dense_layers": (0,)}, {"n_shared_experts": None}),
+        *full(
+            ({"top_k": 1, "d_shared": 7}, {"norm_topk_prob": True}),  # their code passes over it
+            ({"top_k": 5, "norm_topk": True, "dense_layers": (0,)}, {"n_shared_experts": None}),
+        ),
     ],
     ids=["plain", "one expert", "all experts"],
 )
@@ -263,7 +258,7 @@ def test_wrong_settings(name, good):
     """What config.json asks for and we do not compute is refused by the name of its key."""
     changes, message = WRONG_SETTINGS[name]
     raw = read_json(good / "config.json") | changes
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with refused(message):
         hf.read_config(raw, "config.json")
 
 
@@ -345,19 +340,17 @@ BAD_FILES = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files(name, good, tmp_path, capsys):
+def test_bad_files(name, good, tmp_path, complaint):
     """The command line and `load` say in one line what is wrong, and take no memory for it."""
     spoil, message = BAD_FILES[name]
     folder = tmp_path / "checkpoint"
     shutil.copytree(good, folder)
     spoil(folder)
     assert hf.main([str(folder)]) == 1
-    text = capsys.readouterr().err.strip()
-    assert message in text
-    assert "\n" not in text
+    assert message in complaint()
 
     def load():
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with refused(message):
             hf.load(folder)
 
     _, _, growth = watched(load)
@@ -397,7 +390,7 @@ def test_memory(good, tmp_path, monkeypatch):
         for weight, expected in zip(model.parameters(), saved.parameters(), strict=True):
             assert torch.equal(weight, expected.to(weight.dtype))
     monkeypatch.setattr(hf, "room", lambda device: 10_000)
-    with pytest.raises(ValueError, match=r"GB in float32, and cpu has 0.00 GB free: try bfloat16"):
+    with refused("GB in float32, and cpu has 0.00 GB free: try bfloat16"):
         hf.load(good)
 
 
@@ -415,13 +408,13 @@ def test_hub(good, tmp_path, monkeypatch):
         model, tokenizer = hf.load(source, cache=tmp_path, offline=True)
         assert model.n_params() == hf.load(good)[0].n_params()
         assert tokenizer is None
-    with pytest.raises(OSError, match=r"some/other: no folder here, nor had from the hub: .+"):
+    with refused("some/other: no folder here, nor had from the hub: ", error=OSError):
         hf.load("some/other", cache=tmp_path, offline=True)
-    with pytest.raises(ValueError, match="nowhere is neither a folder nor a repository"):
+    with refused("nowhere is neither a folder nor a repository"):
         hf.load("nowhere")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     assert hf.load(good)[1] is None
-    with pytest.raises(OSError, match=r"this needs huggingface_hub: pip install -e \"\.\[hf\]\""):
+    with refused('this needs huggingface_hub: pip install -e ".[hf]"', error=OSError):
         hf.load("some/model", cache=tmp_path, offline=True)
 
 
@@ -445,8 +438,8 @@ def test_describe(good, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(OLMOE))
     family, model, dtype = hf.plan(tmp_path)
     assert (family, dtype) == ("olmoe", "bfloat16")
-    assert round(model.n_params() / 1e9, 1) == 6.9
-    assert round(model.n_params(activated=True) / 1e9, 1) == 1.3
+    assert model.n_params() == 6_919_161_856
+    assert model.n_params(activated=True) == 1_282_017_280
     model, _ = hf.load(good)
     text = hf.describe(good)
     assert "family      olmoe, saved in float32" in text
@@ -470,8 +463,8 @@ def test_tokenizer(good, tmp_path):
     assert hf.load(folder)[1].encode("a b").ids == [0, 1, 2]
     tokenizer.add_tokens([f"t{i}" for i in range(50)])
     tokenizer.save(str(path))
-    with pytest.raises(ValueError, match="has 53 tokens, the model only 48"):
+    with refused("has 53 tokens, the model only 48"):
         hf.load(folder)
     path.write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no readable tokenizer"):
+    with refused("tokenizer.json is no readable tokenizer"):
         hf.load(folder)

@@ -8,7 +8,6 @@ import json
 import pytest
 
 from lab.pages import notebooks
-from lab.tools.cli import Usage
 
 
 @pytest.mark.parametrize("path", notebooks.sources(), ids=lambda path: path.stem)
@@ -25,11 +24,6 @@ def test_a_notebook_is_its_source_run_top_to_bottom(path):
     assert file.stat().st_size <= notebooks.BYTES
 
 
-def test_there_are_five_notebooks():
-    """Five, in the order in which they are read."""
-    assert [path.name[0] for path in notebooks.sources()] == list("12345")
-
-
 @pytest.mark.full
 def test_a_cell_that_fails_is_named(tmp_path):
     """A broken notebook stops with its name and the error."""
@@ -39,14 +33,9 @@ def test_a_cell_that_fails_is_named(tmp_path):
         notebooks.execute(broken)
 
 
+@pytest.mark.full
 def test_numbering_is_the_same_every_time(tmp_path):
     """The same text gives the same cells: a notebook made anew differs where its content does."""
     path = tmp_path / "9_same.py"
     path.write_text("# %% [markdown]\n# # Title\n\n# %%\n1\n", encoding="utf-8")
     assert notebooks.read(path) == notebooks.read(path)
-
-
-def test_unknown_notebooks_are_refused():
-    """A number that no notebook has is told with those that there are."""
-    with pytest.raises(Usage, match="no notebook begins with 9; there are 1_one_token"):
-        notebooks.main(["9", "--check"])

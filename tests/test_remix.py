@@ -1,7 +1,6 @@
 """C3PO: what may change at test time and what may not; every method beside its plain form."""
 
 import math
-import re
 from dataclasses import replace
 
 import by_hand
@@ -9,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from by_hand import E, SigmoidRouter, V, answer_along, close, full, small_preset, tiny
+from by_hand import E, SigmoidRouter, V, answer_along, close, full, refused, small_preset, tiny
 
 from pathways import (
     Prefixes,
@@ -77,22 +76,23 @@ def answer_at(model, prompt, routers, token, w=None):
 
 
 MODELS = {  # words -> model, critical layers, their routers
-    "all layers": ("default", "all", [0, 1, 2]),
     "layers 0 and 2": ("norm-topk", "0,2", [0, 2]),
+    "two routers in a block": ("cartesian", "0,2", [0, 1, 4, 5]),
+    "all layers": ("default", "all", [0, 1, 2]),
     "last layer": ("grouped-query", "last:1", [2]),
     "first with a router": ("dense-layers", "first:1", [0]),
     "all with routers": ("dense-layers", "all", [0, 1]),
     "middle layer": ("shared", "middle:1", [1]),
     "last two layers": ("top-all", "last:2", [1, 2]),
-    "two routers in a block": ("cartesian", "0,2", [0, 1, 4, 5]),
 }
 
 
 @pytest.mark.parametrize("token", ["last", *full("middle", "first", "all")])
-@pytest.mark.parametrize(("name", "layers", "routers"), MODELS.values(), ids=MODELS)
-def test_tail_is_exact(name, layers, routers, token):
+@pytest.mark.parametrize("name", [*list(MODELS)[:2], *full(*list(MODELS)[2:])])
+def test_tail_is_exact(name, token):
     """One token through the layers above gives the logits and gradients of full forwards."""
-    model = make_model(name)
+    model_name, layers, routers = MODELS[name]
+    model = make_model(model_name)
     tokens = torch.randint(V, (3, 7))
     lengths = torch.tensor([7, 7, 7] if token == "all" else [1, 7, 4])
     tail = Tail(model, critical_layers(model, layers), token)
@@ -122,12 +122,11 @@ def test_tail_is_exact(name, layers, routers, token):
 @pytest.mark.parametrize(
     ("name", "layers", "routers", "token"),
     [
-        ("default", "0,2", [0, 2], "middle"),
-        ("cartesian", "last:2", [2, 3, 4, 5], "last"),
         ("sigmoid", "all", [0, 1, 2], "last"),
-        ("default", "1", [1], "all"),
+        ("cartesian", "last:2", [2, 3, 4, 5], "last"),
+        *full(("default", "0,2", [0, 2], "middle"), ("default", "1", [1], "all")),
     ],
-    ids=["middle token", "two routers in a block", "a router of your own", "all tokens"],
+    ids=["a router of your own", "two routers in a block", "middle token", "all tokens"],
 )
 def test_result_is_what_full_forwards_say(name, layers, routers, token, method):
     """Full forwards along what comes back say what comes back. Without steps nothing changes."""
@@ -241,19 +240,19 @@ def test_loss_over_options():
 
 
 @methods
-@pytest.mark.parametrize("core", [None, 1, 3])
-def test_rows_are_distributions(method, core):
+def test_rows_are_distributions(method):
     """Core experts share what they had together; all others keep theirs."""
     model, asked, references = world()
-    result = remix(model, asked, references, method=method, core=core, layers="last:2")
-    before, after = result.pathway_before, result.pathway
-    inside = before >= before.topk(core or E).values[..., -1:]  # (n, R, E)
-    close(after.sum(2), torch.ones_like(after[..., 0]))
-    close((after * inside).sum(2), (before * inside).sum(2))
-    assert (after >= 0).all()
-    assert torch.equal(after[~inside], before[~inside])
-    changed = (after - before).abs().max() > 1e-3
-    assert changed == (core != 1)  # one expert alone has nobody to share with
+    for core in (None, 1, 3):
+        result = remix(model, asked, references, method=method, core=core, layers="last:2")
+        before, after = result.pathway_before, result.pathway
+        inside = before >= before.topk(core or E).values[..., -1:]  # (n, R, E)
+        close(after.sum(2), torch.ones_like(after[..., 0]))
+        close((after * inside).sum(2), (before * inside).sum(2))
+        assert (after >= 0).all()
+        assert torch.equal(after[~inside], before[~inside])
+        changed = (after - before).abs().max() > 1e-3
+        assert changed == (core != 1)  # one expert alone has nobody to share with
 
 
 @methods
@@ -294,12 +293,12 @@ def test_the_model_is_left_as_it_was(method):
     model, asked, references = world(tiny(dropout=0.5))
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     model.norm.weight.requires_grad_(False)
-    logits = []
-    for training in (True, False, True):
+    answers = []
+    for training in (True, False):
         model.train(training)
-        logits.append(remix(model, asked, references, method=method).logits)
-        assert torch.equal(logits[-1], logits[0])
+        answers.append(remix(model, asked, references, method=method, steps=2).logits)
         assert all(module.training == training for module in model.modules())
+    assert torch.equal(*answers)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, weights[name])
         assert weight.grad is None
@@ -349,7 +348,7 @@ def test_kernels_by_their_formulas():
     assert nobody.tolist() == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize("kind", ["tfidf", "tfidf-places", "tfidf-bigrams"])
+@pytest.mark.parametrize("kind", ["tfidf", *full("tfidf-places", "tfidf-bigrams")])
 def test_tfidf_by_hand(kind):
     """Prompt 1 3 1 against references 2 1 and 3; all three are the corpus."""
     # A term of two prompts counts a, a term of one counts b.
@@ -373,22 +372,24 @@ def test_tfidf_by_hand(kind):
     close(cosine, torch.tensor([expected[kind]], dtype=torch.float64), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["hidden:0", "hidden:2", "pathway"])
 @torch.no_grad()
-def test_embeddings_from_the_model(name):
+def test_embeddings_from_the_model():
     """The state of the last token as it enters a layer, or the critical pathway."""
     model, asked, references = world()
-    cosine = similarity(name, Tail(model, [1, 2]), references, *padded(asked, V))
-    vectors = []
-    for prompt in [*asked, *prompts_of(references)]:
-        if name == "pathway":
-            vector = answer_along(model, prompt)[1][1:].flatten()
-        else:
-            layer = int(name[-1])
-            vector = model.run_blocks(model.embed(prompt[None]), last=layer)[0, -1]
-        vectors.append(F.normalize(vector, dim=0))
-    vectors = torch.stack(vectors)
-    close(cosine, vectors[:5] @ vectors[5:].T)
+    tail = Tail(model, [1, 2])
+    prompts = [*asked, *prompts_of(references)]
+
+    def cosines(vectors):
+        """Of five prompts with twelve references."""
+        unit = torch.stack([F.normalize(vector, dim=0) for vector in vectors])
+        return unit[:5] @ unit[5:].T
+
+    expected = {"pathway": cosines([answer_along(model, p)[1][1:].flatten() for p in prompts])}
+    for layer in (0, 2):
+        states = [model.run_blocks(model.embed(p[None]), last=layer)[0, -1] for p in prompts]
+        expected[f"hidden:{layer}"] = cosines(states)
+    for name, cosine in expected.items():
+        close(similarity(name, tail, references, *padded(asked, V)), cosine)
 
 
 def test_neighbours_by_hand():
@@ -488,10 +489,10 @@ def test_references_come_back_from_their_file(tmp_path):
         assert torch.equal(value, expected) if torch.is_tensor(value) else value == expected
 
     model.blocks[1].ffns[0].experts.down.data[0, 0, 0] += 1e-9
-    with pytest.raises(ValueError, match="references was made by another model"):
+    with refused("references was made by another model"):
         ReferenceSet.load(path, model)
     safetensors.torch.save_file({"tokens": torch.zeros(2), "weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="references is not a reference set"):
+    with refused("references is not a reference set"):
         ReferenceSet.load(path, model)
 
 
@@ -555,16 +556,15 @@ def dense():
 @pytest.mark.parametrize("message", SETTINGS)
 def test_settings_that_do_not_fit(message):
     """One line says what was wrong and what would do."""
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with refused(message):
         remix(*world(), **SETTINGS[message])
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("message", CALLS)
 def test_calls_that_do_not_fit(message):
     """Models, references and prompts that do not belong together are refused likewise."""
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with refused(message):
         CALLS[message](*world())
 
 
@@ -572,7 +572,7 @@ def test_one_expert_of_weight_1():
     """Divided by itself it is always 1: a gradient would be zero, kernel regression has none."""
     model, asked, references = world(tiny(top_k=1, norm_topk=True))
     for method in ("ngd", ngd):
-        with pytest.raises(ValueError, match="gradient zero"):
+        with refused("gradient zero"):
             remix(model, asked, references, method=method)
     losses = remix(model, asked, references, method="kernel_regression").losses
     assert (losses.amin(1) < 0.9 * losses[:, 0]).any()

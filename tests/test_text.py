@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from by_hand import refused
 
 from cartesian import TOY
 from data import TextData
@@ -77,14 +78,14 @@ def test_the_shipped_ranks_can_be_made_again():
 def test_tokenizers_by_name(monkeypatch):
     """An unknown name is answered with the nearest; a failed download is told in one line."""
     for name, near in {"gpt-2": "gpt2", "tinystory": "tinystories"}.items():
-        with pytest.raises(ValueError, match=f"did you mean {near}"):
+        with refused(f"did you mean {near}"):
             tokenizer(name)
 
     def offline(name):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR"):
+    with refused("TIKTOKEN_CACHE_DIR", error=OSError):
         tokenizer("gpt2")
 
 
@@ -119,15 +120,15 @@ def test_dev_comes_first(load, tmp_path, held_back, dev):
     assert i == held_back - 1
 
 
-@pytest.mark.parametrize("context", [1, 7, 16])
-def test_whole_splits(load, context):
+def test_whole_splits(load):
     """most=None gives as many windows as fit without overlap: nothing is scored twice."""
-    text = load(context=context)
-    text.rows["test"] = np.arange(110)  # tokens that tell their place
-    targets = text.held_out("test", most=None)[1].flatten().tolist()
-    assert len(set(targets)) == len(targets) == 109 // context * context
-    assert targets[-1] == 109
-    assert len(text.held_out("test", most=2)[0]) == 2
+    for context in (1, 7, 16):
+        text = load(context=context)
+        text.rows["test"] = np.arange(110)  # tokens that tell their place
+        targets = text.held_out("test", most=None)[1].flatten().tolist()
+        assert len(set(targets)) == len(targets) == 109 // context * context
+        assert targets[-1] == 109
+        assert len(text.held_out("test", most=2)[0]) == 2
 
 
 @pytest.mark.parametrize("name", ["bytes", "tinystories"])
@@ -174,26 +175,25 @@ def test_documents_of_any_line_ends(tmp_path):
     assert list(texts.documents(path)) == documents
 
 
-BAD = {
-    "missing": (None, "no such text file: .*bad.txt"),
-    "empty": (b"", "bad.txt .0 bytes. holds no text"),
-    "one document": (b"One long text", "train, from .*, has 12 tokens; a context of 16 needs 17"),
-    "latin 1": (b"good\xff\xfebad", "bad.txt is not UTF-8: invalid start byte 0xff; convert it"),
-    "short": (f"too short\n{END}\n".encode() * 9, "dev, from .*, has 1 tokens; a context of 16"),
+BAD = {  # message -> the content of a text file, if there is one
+    "no such text file: ": None,
+    "bad.txt (0 bytes) holds no text": b"",
+    "has 12 tokens; a context of 16 needs 17": b"One long text",
+    "bad.txt is not UTF-8: invalid start byte 0xff; convert it": b"good\xff\xfebad",
+    "has 1 tokens; a context of 16": f"too short\n{END}\n".encode() * 9,
 }
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
-def test_bad_text(load, tmp_path, content, message):
-    """A text that cannot be learnt from is refused in one line, and leaves no half file."""
+@pytest.mark.parametrize("message", BAD)
+def test_bad_text(load, tmp_path, message):
+    """A text that cannot be learnt from is refused, and leaves no half file."""
     path = tmp_path / "bad.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
+    if BAD[message] is not None:
+        path.write_bytes(BAD[message])
+    with refused(message):
         load(path)
-    assert "\n" not in str(error.value)
-    assert ", from" in message or not list(tmp_path.glob("tokens/*"))
+    assert "a context of 16" in message or not list(tmp_path.glob("tokens/*"))
 
 
 # ------------------------------------------------------------------------------------- downloads
@@ -214,6 +214,5 @@ def test_failed_download(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "nowhere")
     hint = "check the network, or use --data-file"
-    with pytest.raises(OSError, match=rf"could not be downloaded \(.*\); {hint}") as error:
+    with refused("could not be downloaded", hint, error=OSError):
         tinystories()
-    assert "\n" not in str(error.value)

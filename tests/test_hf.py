@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from by_hand import SigmoidRouter, close, full, refused
+from by_hand import SigmoidRouter, close, expert, full, refused
 from safetensors.torch import load_file
 
 import hf
@@ -163,8 +163,8 @@ def deepseek(w, c, tokens):
         return x / (x.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * w[name]
 
     def swiglu(x, name):
-        gate, up = w[f"{name}.gate_proj.weight"] @ x, w[f"{name}.up_proj.weight"] @ x
-        return w[f"{name}.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
+        gate_up = torch.cat([w[f"{name}.gate_proj.weight"], w[f"{name}.up_proj.weight"]])
+        return expert(gate_up, w[f"{name}.down_proj.weight"], x)
 
     def turn(x, position):
         angle = position * c["rope_theta"] ** (-torch.arange(half) / half).double()

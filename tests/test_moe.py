@@ -455,16 +455,12 @@ SIZES = {
     "n_heads 4 is not a multiple of n_kv_heads 3": {"n_kv_heads": 3},
     "dense_layers names [4]; the layers are 0 to 3": {"dense_layers": (0, 4)},
     "dropout is 1.0; it must be below 1": {"dropout": 1.0},
-    "n_layers is 0; it must be greater than 0": {"n_layers": 0},
     "top_k is 0; it must be greater than 0": {"top_k": 0},
     "qk_norm is 'half'; expected full, head or none": {"qk_norm": "half"},
-    "clip_qkv is 0.0; it must be greater than 0": {"clip_qkv": 0.0},
     "d_shared is -1; it must be at least 0": {"d_shared": -1},
 }
 INPUTS = {  # message -> what is asked of a model m with tokens t (2, 9)
     "tokens go from 11 to 11; the vocabulary goes from 0 to 10": lambda m, t: m(t + V),
-    "tokens go from -1 to -1; the vocabulary": lambda m, t: m(t - 1),
-    "tokens have shape (9,); expected (B, T)": lambda m, t: m(t[0]),
     "tokens have shape (2, 0); expected (B, T), not empty": lambda m, t: m(t[:, :0]),
     "18 tokens is longer than the context, 16": lambda m, t: m(t.repeat(1, 2)),
     "the shape of targets is (2, 8); expected (2, 9)": lambda m, t: m(t, t[:, 1:]),

@@ -500,18 +500,13 @@ def test_references_come_back_from_their_file(tmp_path):
 
 SETTINGS = {
     "k is 10, but there are 9 usable references": {"k": 10},
-    "k is 0; it must be at least 1": {"k": 0},
     "alpha is 1.5; it must be at most 1": {"alpha": 1.5},
     "core is 0; it must be at least 1, or none": {"core": 0},
     "core is 7, but there are 6 experts": {"core": 7},
     "'kernel_regresion'; did you mean kernel_regression?": {"method": "kernel_regresion"},
-    "'gauss'; did you mean gaussian?": {"kernel": "gauss"},
-    "'option'; did you mean options?": {"loss": "option"},
-    "'tfdif'; did you mean tfidf?": {"embedding": "tfdif"},
     "'hidden:3'; expected hidden:0 to hidden:2": {"embedding": "hidden:3"},
     "embedding own needs arrays": {"embedding": "own"},
     "unknown critical layers 'top:2'; expected all, last:2": {"layers": "top:2"},
-    "unknown critical layers 'last:4'": {"layers": "last:4"},
     "numbers from 0 to 2": {"layers": "0,3"},
     "needs the options of the references": {"loss": "options"},
     "allowed has shape (5, 11); expected (5, 12)": {"allowed": torch.ones(5, 11) > 0},
@@ -526,14 +521,11 @@ CALLS = {  # message -> what is asked of a model m, prompts p and references r
     "tokens go from 1 to 11; the vocabulary": lambda m, p, r: remix(m, [[1, V]], r),
     "re-mixing needs references": lambda m, p, r: remix(m, p, None),
     "no such reference set: nowhere": lambda m, p, r: ReferenceSet.load("nowhere", m),
-    "test_remix.py is not a reference set": lambda m, p, r: ReferenceSet.load(__file__, m),
     "it is dense, or routes by hash": lambda m, p, r: critical_layers(dense(), "all"),
     "nothing to re-mix": lambda m, p, r: ReferenceSet.build(dense(), [[1]], [1]),
-    "the reference set is empty": lambda m, p, r: ReferenceSet.build(m, [], []),
     "labels go from 0 to 11": lambda m, p, r: ReferenceSet.build(m, [[1], [2]], [0, V]),
     "2 references have 1 labels": lambda m, p, r: ReferenceSet.build(m, [[1], [2]], [0]),
     "options have shape (2,)": lambda m, p, r: ReferenceSet.build(m, [[1]], [1], [1, 2]),
-    "options go from 1 to 11": lambda m, p, r: ReferenceSet.build(m, [[1]], [1], [[1, V]]),
     "not among its options": lambda m, p, r: ReferenceSet.build(m, [[1]], [1], [[2, 3]]),
     "own embeddings are (5, 3); expected (5, 2)": lambda m, p, r: remix(
         m,
@@ -543,7 +535,6 @@ CALLS = {  # message -> what is asked of a model m, prompts p and references r
         embeddings=torch.zeros(5, 3),
     ),
     "these have 1 to 5": lambda m, p, r: remix(m, p, replace(r, token="all")),
-    "'lats'; did you mean last?": lambda m, p, r: ReferenceSet.build(m, p, LABELS, token="lats"),
     "one length, here 1 tokens": lambda m, p, r: ReferenceSet.build(m, p, LABELS, token="all"),
 }
 

@@ -276,13 +276,6 @@ def test_wrong_usage(name, call, complaint):
     assert message in complaint()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
-def test_absent_device(call, complaint):
-    """A device that is not there is refused, with those that are."""
-    assert call(train_toy, "--device cuda") == 1
-    assert "--device cuda: this machine (or this build" in complaint()
-
-
 @pytest.mark.full
 def test_resume_with_other_flags(train, call, complaint, undrawn):
     """A run is resumed with its own settings only; each flag that differs is named."""

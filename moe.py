@@ -161,7 +161,8 @@ class Experts(nn.Module):
                 y[n] += weights[n, k] * down[e] @ (silu(gate) * up)
 
     `forward` does the same with few and large matrix products: it sorts the N * K pairs (token,
-    expert) by expert, so that each expert works once, on all of its tokens together.
+    expert) by expert, so that each expert works once, on all of its tokens together. For few
+    tokens, as in generating, that does not pay: `visit` reads the chosen experts, and no others.
     """
 
     def __init__(self, config: MoEConfig):
@@ -172,6 +173,9 @@ class Experts(nn.Module):
 
     def forward(self, x, weights, experts):
         """x (N, D), weights (N, K), experts (N, K) -> the weighted sum (N, D)."""
+        if experts.numel() <= len(self.down) // 2:
+            return self.visit(x, weights, experts)
+
         # 1. Sort the pairs by expert.
         expert, order = experts.flatten().sort(stable=True)  # (N*K,): expert of a pair, its origin
         every = torch.arange(len(self.down), device=x.device)
@@ -194,6 +198,16 @@ class Experts(nn.Module):
 
         # 5. The sum over the K pairs of each token.
         return Combine.apply(y, order, back)  # (N*K, D) -> (N, D)
+
+    def visit(self, x, weights, experts):
+        """What `forward` computes, one visit after the other."""
+        visits = experts.flatten().tolist()  # N*K numbers
+        rows = x.repeat_interleave(experts.shape[1], 0)  # (N, D) -> (N*K, D)
+        products = [F.linear(row, self.gate_up[e]) for row, e in zip(rows, visits, strict=True)]
+        gate, up = torch.stack(products).chunk(2, dim=-1)  # (N*K, F) twice
+        hidden = F.silu(gate) * (up * weights.reshape(-1, 1))  # (N*K, F)
+        products = [F.linear(row, self.down[e]) for row, e in zip(hidden, visits, strict=True)]
+        return torch.stack(products).unflatten(0, experts.shape).sum(1)  # (N, K, D) -> (N, D)
 
 
 class Dispatch(torch.autograd.Function):
@@ -307,6 +321,8 @@ def router_losses(routing: Routing, share):
 
 # --------------------------------------------------------------------------------------- one pass
 
+ROOM = 64  # tokens: a cache grows by so many at a time
+
 
 class Imposed(NamedTuple):
     """A pathway to impose: `rows` replace the probabilities of those routers where `at` is true.
@@ -320,11 +336,12 @@ class Imposed(NamedTuple):
 
 @dataclass
 class Cache:
-    """What attention remembers of earlier tokens. Tensors are replaced, never written in place."""
+    """What attention remembers of earlier tokens. A tensor in it is replaced, and never changes."""
 
     keys: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (B, G, S, C), rotated
     values: dict[int, torch.Tensor] = field(default_factory=dict)  # layer -> (B, G, S, C)
     valid: torch.Tensor | None = None  # (B, S) bool, false at padding
+    room: dict[int, tuple] = field(default_factory=dict, init=False)  # see `appended`
 
     def extended(self, layer, k, v, write):
         """A layer's keys and values, those of new tokens k, v (B, G, T, C) behind them.
@@ -332,11 +349,32 @@ class Cache:
         They are kept if `write`.
         """
         if layer in self.keys:
-            k = torch.cat([self.keys[layer], k], 2)  # (B, G, S+T, C)
-            v = torch.cat([self.values[layer], v], 2)
+            if write and not torch.is_grad_enabled():
+                k, v = self.appended(layer, k, v)
+            else:
+                k = torch.cat([self.keys[layer], k], 2)  # (B, G, S+T, C)
+                v = torch.cat([self.values[layer], v], 2)
         if write:
             self.keys[layer] = k
             self.values[layer] = v
+        return k, v
+
+    def appended(self, layer, k, v):
+        """What `extended` returns, as views of a buffer with room for tokens to come.
+
+        So a token is written behind the earlier ones, which are copied only where room ends, or
+        where someone has put other tensors into the cache than those views.
+        """
+        S, T = self.keys[layer].shape[2], k.shape[2]
+        buffer, *views = self.room.get(layer, (None, None, None))
+        ours = views[0] is self.keys[layer] and views[1] is self.values[layer]
+        if not ours or buffer.shape[3] < S + T:
+            buffer = torch.stack([self.keys[layer], self.values[layer]])  # (2, B, G, S, C)
+            buffer = F.pad(buffer, (0, 0, 0, T + ROOM))
+        buffer[0, :, :, S : S + T] = k
+        buffer[1, :, :, S : S + T] = v
+        k, v = buffer[:, :, :, : S + T]  # (B, G, S+T, C) twice
+        self.room[layer] = buffer, k, v
         return k, v
 
 
@@ -345,7 +383,7 @@ class Flow(NamedTuple):
 
     cos: torch.Tensor  # (B or 1, 1, T, C)
     sin: torch.Tensor  # (B or 1, 1, T, C), negative in the first half
-    mask: torch.Tensor | None  # (B, 1, T, S+T) true where a query may look; None: plain causal
+    mask: torch.Tensor | None  # (B, 1, T, S+T) true where a query may look; None: all before it
     cache: Cache | None
     write: bool  # whether the new tokens join the cache
     rows: dict[int, torch.Tensor]  # the imposed pathway: router index -> (N, E)
@@ -403,7 +441,7 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=flow.mask,
-            is_causal=flow.mask is None,
+            is_causal=flow.mask is None and q.shape[2] > 1,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, C)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, H*C) -> (B, T, D)
@@ -645,11 +683,9 @@ class MoETransformer(nn.Module):
         show: a function that is called with the new tokens (B,) of each step as they come.
         """
         require_generation(tokens, valid, n_tokens, temperature, stop, self.config)
-        if valid is None:
-            valid = torch.ones_like(tokens, dtype=torch.bool)
+        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.bool()
         stops = torch.as_tensor([] if stop is None else stop, dtype=torch.int64)
         stops = stops.to(tokens.device)
-
         with evaluation(self):
             # All of the prompt at once; the last token of each sequence predicts the next one.
             cache = Cache()
@@ -658,6 +694,7 @@ class MoETransformer(nn.Module):
             x = x[row, valid.sum(1) - 1]  # (B, T, D) -> (B, D)
 
             # Then one token at a time.
+            flows = self.coming(valid, n_tokens, cache, x.dtype)
             new = []
             ended = torch.zeros(len(x), dtype=torch.bool, device=x.device)
             while True:
@@ -671,8 +708,32 @@ class MoETransformer(nn.Module):
                 if len(new) == n_tokens or ended.all():
                     return torch.stack(new, 1)  # (B, n)
                 column = token[:, None]  # (B, 1)
-                x = self.run_blocks(self.embed(column), cache=cache, tokens=column)
+                x = self.embedding(column)  # (B, 1, D)
+                flow = next(flows)._replace(tokens=column)
+                for block in self.blocks:
+                    x = block(x, flow)
                 x = x[:, 0]  # (B, 1, D) -> (B, D)
+
+    def coming(self, valid, n_tokens, cache, dtype):
+        """A Flow for each of n_tokens tokens behind prompts, valid (B, S): what `run_blocks` would
+        find for one after the other, made at once."""
+        S = valid.shape[1]
+        seen = F.pad(valid, (0, n_tokens), value=True)  # (B, S+n)
+        position = seen.cumsum(1)[:, S:] - 1  # (B, n)
+        cos, sin = (each.to(dtype) for each in rotary_angles(position, self.config))  # (B, 1, n, C)
+        padded = not bool(valid.all())
+        for i in range(n_tokens):
+            yield Flow(
+                cos=cos[:, :, i : i + 1],
+                sin=sin[:, :, i : i + 1],
+                mask=seen[:, None, None, : S + i + 1] if padded else None,
+                cache=cache,
+                write=True,
+                rows={},
+                at=None,
+                routing=[],
+                tokens=None,
+            )
 
     def routers(self) -> list[Router]:
         """The routers, bottom to top; Imposed.rows and Output.routing count them so."""

@@ -66,37 +66,47 @@ def pathway(model):
 
 
 @pytest.mark.parametrize(
-    ("k", "dtype", "width", "fused"),
+    ("n", "k", "dtype", "width", "fused"),
     [
-        (1, torch.float32, 4, True),
-        (3, torch.float32, 4, True),
-        (E, torch.float32, 4, True),
-        (3, torch.float32, 5, False),
-        (3, torch.float64, 4, False),
+        (9, 1, torch.float32, 4, True),
+        (9, 3, torch.float32, 4, True),
+        (9, E, torch.float32, 4, True),
+        (9, 3, torch.float32, 5, False),
+        (9, 3, torch.float64, 4, False),
+        (1, 3, torch.float32, 4, False),
+        (3, 1, torch.float64, 4, False),
     ],
-    ids=["one expert", "three experts", "all experts", "odd width", "float64"],
+    ids=[
+        "one expert",
+        "three experts",
+        "all experts",
+        "odd width",
+        "float64",
+        "one token",
+        "few tokens",
+    ],
 )
-def test_experts_equal_a_loop(k, dtype, width, fused):
-    """Sorting tokens by expert changes the order of the work: same outputs, same gradients."""
+def test_experts_equal_a_loop(n, k, dtype, width, fused):
+    """The k experts of n tokens, few or many, in any order of work: same outputs and gradients."""
     config = MoEConfig(d_model=8, d_expert=width, n_experts=E, top_k=k)
     experts = Experts(config).to(dtype)
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.5)
 
     # Up to k = 3 the first expert, the last one and one in between get no token.
-    scores = torch.rand(9, E)
+    scores = torch.rand(n, E)
     scores[:, [0, 2, 5]] -= 1
     chosen = scores.topk(k).indices
-    x = torch.randn(9, 8, dtype=dtype, requires_grad=True)
-    weights = torch.rand(9, k, dtype=dtype, requires_grad=True)
+    x = torch.randn(n, 8, dtype=dtype, requires_grad=True)
+    weights = torch.rand(n, k, dtype=dtype, requires_grad=True)
     with mock.patch.object(F, "grouped_mm", wraps=F.grouped_mm) as kernel:
         y = experts(x, weights, chosen)
     assert kernel.call_count == (2 if fused else 0)
 
     expected = []
-    for n in range(9):
-        visits = zip(weights[n], chosen[n], strict=True)
-        expected.append(by_hand.visit(experts, x[n], visits))
+    for token, *routes in zip(x, weights, chosen, strict=True):
+        visits = zip(*routes, strict=True)
+        expected.append(by_hand.visit(experts, token, visits))
     expected = torch.stack(expected)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-12
     close(y, expected, tolerance)
@@ -221,6 +231,35 @@ def test_cached_decoding_equals_full_forward(variant):
     for i, n in enumerate(LENGTHS):
         whole = torch.cat([tokens[i, :n], new[i]])
         close(logits[i], model(whole[None]).logits[0, n - 1 :])
+
+
+@pytest.mark.parametrize("learning", [True, False], ids=["gradients", "no gradients"])
+def test_a_cache_goes_on_from_anywhere(learning):
+    """From a copy, an earlier state, tensors put in: what it grows by disturbs no other one."""
+    model = tiny()
+    tokens = torch.randint(V, (2, 14))
+    other = (tokens + 1) % V
+    cache = Cache()
+    with torch.set_grad_enabled(learning), mock.patch("moe.ROOM", 3):
+        model(tokens[:, :3], cache=cache)
+        model(tokens[:, 3:5], cache=cache)
+        copy = Cache(dict(cache.keys), dict(cache.values), cache.valid)
+        earlier = Cache(dict(cache.keys), dict(cache.values), cache.valid)
+        model(tokens[:, 5:6], cache=cache)
+        model(other[:, 5:6], cache=copy)
+        for t in range(6, 14):  # more than there is room for
+            logits = model(tokens[:, t : t + 1], cache=cache).logits
+        close(logits, model(tokens).logits[:, -1:])
+        whole = torch.cat([tokens[:, :5], other[:, 5:7]], 1)
+        close(model(other[:, 6:7], cache=copy).logits, model(whole).logits[:, -1:])
+
+        # Back to an earlier state; and to the same one with other values.
+        for factor in (1, 0):
+            cache.keys, cache.valid = dict(earlier.keys), earlier.valid
+            cache.values = {layer: factor * value for layer, value in earlier.values.items()}
+            mixed = Cache(dict(cache.keys), dict(cache.values), cache.valid)
+            x = model.embed(other[:, 5:6])
+            close(model.run_blocks(x, cache=cache), model.run_blocks(x, cache=mixed, write=False))
 
 
 @variants("default", "tied")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.tools.cli import note
-from lab.tools.files import digest
+from lab.tools.files import digest, require_form
 from lab.tools.texts import identify, read_tokens, tinystories, tokenizer
 from moe import IGNORE, require
 
@@ -574,6 +574,7 @@ def load_task(train: dict, context: int) -> Task:
 
     ValueError where it is not what the run was made of, by `content`.
     """
+    require_form(train, {"data": str, "seed": int}, "the settings of this run")
     if train["data"] == "skills":
         task = SkillsTask(train["seed"])
     else:

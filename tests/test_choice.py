@@ -263,10 +263,10 @@ MISTAKES = {  # the flags behind --model, and what is said of them
     "--shots -1": "--shots must be at least 0",
     "--data-file nowhere": "no such file: nowhere; expected rows of arc_challenge",
     "--data-file noise": "is no readable ",
-    "--data-file rows --shots 3 --shots-file rows": "--shots 3, but rows has only 2 examples",
+    "--data-file rows --shots 3 --shots-file rows": "--shots 3, but rows has only 0 other examples",
     "--data-file rows --out noise": "cannot be continued",
-    "--data-file rows --out other": "it is about another dtype, model, prompts, task",
-    "--data-file rows --references arc_easy --reference-files rows --k 1": "are references too",
+    "--data-file rows --out other": "it is about another model, prompts, task",
+    "--data-file rows --references arc_easy --reference-files rows": "no references are left",
 }
 
 

@@ -1,52 +1,71 @@
 """Answers that are kept while a benchmark is scored, so that a rerun continues."""
 
-import hashlib
 import json
-from pathlib import Path
 
-from lab.tools.runs import write
-from moe import require
-
-
-def digest(value) -> str:
-    """What tells prompts, or settings, from all others."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+from checks import require
+from lab.tools.files import digest
 
 
 class Answers:
-    """A file with a line for each answer; its first line says what they are answers to."""
+    """A file with a line for each answer; its first line says what they are answers to.
 
-    def __init__(self, path: Path, about: dict):
-        """Open or begin the file. ValueError for one that is about something else."""
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(about).encode() + b"\n"
-        if path.exists():
-            content = path.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]  # without a last line that was cut off
+    Every line ends with a checksum. A last line that was cut off is dropped.
+    """
+
+    def __init__(self, file, about: dict):
+        """Begin or continue a file that is `owned`. ValueError for one about something else."""
+        self.file = file
+        first = with_checksum(about)
+        file.seek(0)
+        content = file.read()
+        if first.startswith(content):  # nothing yet
+            content = first
+            file.truncate(0)
+            self.append(first)
+        complete = content[: content.rfind(b"\n") + 1]
         try:
             self.kept = read_answers(complete, about)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            problem = f"{path} cannot be continued ({error})"
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            problem = f"{file.name} cannot be continued ({error})"
             raise ValueError(f"{problem}; name another --out, or delete it") from None
-        write(path, complete)
+        file.truncate(len(complete))
 
     def add(self, answers: dict, labels: dict | None = None):
         """Keep answers: item -> what was found. labels: item -> the right answer, beside it."""
-        lines = []
+        lines = b""
         for item, answer in answers.items():
             line = {"item": item, "nats": answer}
             if labels is not None:
                 line["answer"] = labels[item]
-            lines.append(json.dumps(line) + "\n")
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(lines)
+            lines += with_checksum(line)
+        self.append(lines)
         self.kept |= answers
+
+    def append(self, data: bytes):
+        """Write behind what is there."""
+        try:
+            self.file.write(data)
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"could not write {self.file.name}: {error.strerror}") from error
+
+
+def with_checksum(line: dict) -> bytes:
+    """A line of JSON that ends with the checksum of the others of its entries."""
+    checksum = digest(json.dumps(line))[:16]
+    return json.dumps(line | {"checksum": checksum}).encode() + b"\n"
 
 
 def read_answers(content: bytes, about: dict) -> dict:
     """Item -> answer, of a file that is about the same."""
-    first, *lines = [json.loads(line) for line in content.splitlines()]
-    other = sorted(key for key in about if first.get(key) != about[key])
-    require(not other, f"it is about another {', '.join(other)}")
-    return {line["item"]: line["nats"] for line in lines}
+    require(content, "its first line is not ours")
+    lines = []
+    for number, text in enumerate(content.splitlines(keepends=True), 1):
+        line = json.loads(text)
+        line.pop("checksum", None)
+        lines.append(line)
+        if number == 1:
+            other = sorted(key for key in about if line.get(key) != about[key])
+            require(not other, f"it is about another {', '.join(other)}")
+        require(text == with_checksum(line), f"line {number} was altered")
+    return {line["item"]: line["nats"] for line in lines[1:]}

@@ -15,6 +15,7 @@ import torch
 
 from data import Problems
 from lab.checkpoints.untrusted import INSTALL, download
+from lab.tools.cli import note
 from moe import require
 from pathways import padded
 
@@ -79,6 +80,7 @@ def hellaswag(row) -> Item:
 
 
 def clean(text: str) -> str:
+    """A text without marks in brackets."""
     text = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
     return re.sub(" +", " ", text).strip()
 
@@ -146,6 +148,21 @@ def read_items(name: str, file: str | None = None, split: str | None = None) -> 
     solved = [item for item in items if item.answer is not None]
     require(solved, f"{paths[0]} has {len(items)} questions of {name}, but no answers")
     return solved
+
+
+def without_asked(items: list[Item], asked: list[Item], what: str) -> list[Item]:
+    """Items that are not among those asked: their answers would be known. It is told of others."""
+    known = {same_words(item) for item in asked}
+    others = [item for item in items if same_words(item) not in known]
+    if len(others) < len(items):
+        note(f"{len(items) - len(others)} of {len(items)} {what} are asked, too: left out")
+    return others
+
+
+def same_words(item: Item) -> tuple:
+    """What is the same for the same question, however it is spaced, and its choices are ordered."""
+    question, *choices = (" ".join(text.lower().split()) for text in (item.question, *item.choices))
+    return question, *sorted(choices)
 
 
 def read_rows(path: Path) -> list[dict]:

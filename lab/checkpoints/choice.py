@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import hf
-from lab.checkpoints.answers import Answers, digest
+from lab.checkpoints.answers import Answers
 from lab.checkpoints.benchmarks import (
     BENCHMARKS,
     Item,
@@ -24,12 +24,14 @@ from lab.checkpoints.benchmarks import (
     make_prompts,
     read_items,
     text_pairs,
+    without_asked,
 )
 from lab.checkpoints.remixed import SURROGATES, remix_benchmark
 from lab.tools import cli
+from lab.tools.files import digest, owned
 from lab.tools.statistics import share_interval
 from moe import require
-from pathways import one_of, padded
+from pathways import fingerprint, one_of, padded
 from remix import RemixConfig
 
 MOST_TOKENS = 8_192  # of one forward pass, padding included
@@ -104,9 +106,10 @@ def main(argv) -> int:
     items = read_items(config.task, config.data_file)[: config.limit]
     shots = []
     if config.shots:
-        shots = read_items(config.task, config.shots_file, "train")[: config.shots]
+        shots = read_items(config.task, config.shots_file, "train")
+        shots = without_asked(shots, items, "examples")[: config.shots]
         source = config.shots_file or config.task
-        problem = f"--shots {config.shots}, but {source} has only {len(shots)} examples"
+        problem = f"--shots {config.shots}, but {source} has only {len(shots)} other examples"
         require(len(shots) == config.shots, problem)
 
     # Open the checkpoint.
@@ -117,15 +120,15 @@ def main(argv) -> int:
     if config.references:
         return remix_benchmark(model, tokenizer, items, shots, config, changes)
 
-    # Score.
+    # Score. What the answers are answers to is known by its content.
     context = model.config.context
     prompts = [make_prompts(item, tokenizer, config.form, shots, context) for item in items]
-    name = f"{Path(config.model).name}-{config.task}-{config.form}-{config.shots}.jsonl"
-    path = Path(config.out or f"out/choice/{name}")
-    about = {"model": config.model, "task": config.task, "dtype": config.dtype}
-    about["prompts"] = digest((prompts, [item.answer for item in items]))
-    answers = Answers(path, about)
-    nats = score(model, prompts, items, answers)
+    about = {"model": fingerprint(model), "task": config.task}
+    about["prompts"] = digest(repr((prompts, [item.answer for item in items])))[:16]
+    name = f"{Path(config.model).name}-{config.task}-{config.form}-{config.shots}"
+    path = Path(config.out or f"out/choice/{name}-{digest(repr(about))[:8]}.jsonl")
+    with owned(path) as file:
+        nats = score(model, prompts, items, Answers(file, about))
     title = f"{config.task}, {config.shots} shots, {len(items)} questions"
     print(report(items, nats, config.form, title))
     print(f"\nwrote {path}")

@@ -7,14 +7,25 @@ of questions is kept as well, so that a rerun continues.
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from lab.checkpoints.answers import Answers, digest
-from lab.checkpoints.benchmarks import Item, Prompt, as_problems, make_prompts, read_items
+from checks import require
+from lab.checkpoints.answers import Answers
+from lab.checkpoints.benchmarks import (
+    Item,
+    Prompt,
+    as_problems,
+    make_prompts,
+    read_items,
+    without_asked,
+)
 from lab.remixing.arena import Arena, Outcome
 from lab.remixing.contest import compete, pooled
 from lab.remixing.tables import LEGEND, main_table
-from pathways import ReferenceSet
+from lab.tools.cli import note
+from lab.tools.files import digest, owned
+from pathways import ReferenceSet, fingerprint
 from pathways.checks import as_tuples
 from remix import RemixConfig
 
@@ -43,38 +54,42 @@ def remix_benchmark(model, tokenizer, items: list[Item], shots, choice, changes:
     solved_items = []
     for name, file in choice.reference_sources():
         solved_items += read_items(name, file, "train")[: choice.reference_limit]
+    solved_items = without_asked(solved_items, [*items, *shots], "references")
+    require(solved_items, "no references are left to re-mix by")
     asked, solved = prompts_of(items), prompts_of(solved_items)
     settings = paper_settings(model) | changes
     config = RemixConfig(**settings)
 
-    # Open the two files that a rerun continues.
+    # What the answers are answers to is known by its content.
     about = {
-        "model": choice.model,
+        "model": fingerprint(model),
         "task": choice.task,
-        "dtype": choice.dtype,
         "references": choice.references,
         "settings": settings,
-        "prompts": digest((asked, solved, [item.answer for item in items + solved_items])),
+        "prompts": digest(repr((asked, solved, [item.answer for item in items + solved_items]))),
         "methods": choice.method,
+        "block": BLOCK,
     }
     stem = f"out/choice/{Path(choice.model).name}-{choice.task}"
-    path = Path(choice.out or f"{stem}-remixed-{digest(about)[:8]}.jsonl")
-    answers = Answers(path, about)
-    reference_path = Path(f"{stem}-references-{about['prompts']}.safetensors")
+    path = Path(choice.out or f"{stem}-remixed-{digest(repr(about))[:8]}.jsonl")
+    name = digest(about["model"], repr((solved, [item.answer for item in solved_items])))[:8]
+    reference_path = Path(f"{stem}-references-{name}.safetensors")
     references = kept_references(reference_path, model, solved, solved_items)
 
-    # Let the methods compete, block by block.
+    # Let the methods compete, block by block. A rerun continues.
     methods = [SURROGATES[name] for name in choice.methods()]
     starts = range(0, len(items), BLOCK)
     bar = {"unit_scale": BLOCK, "unit": "question", "desc": "re-mixing", "disable": None}
-    for start in tqdm(starts, **bar):
-        if start not in answers.kept:
-            block = slice(start, start + BLOCK)
-            tokens, lengths, labels, options, *_ = as_problems(
-                asked[block], items[block], model.config.vocab_size
-            )
-            arena = Arena(model, tokens, labels, references, config, lengths, options)
-            answers.add({start: as_lists(compete(arena, methods))})
+    with owned(path) as file:
+        answers = Answers(file, about)
+        for start in tqdm(starts, **bar):
+            if start not in answers.kept:
+                block = slice(start, start + BLOCK)
+                tokens, lengths, labels, options, *_ = as_problems(
+                    asked[block], items[block], model.config.vocab_size
+                )
+                arena = Arena(model, tokens, labels, references, config, lengths, options)
+                answers.add({start: as_lists(compete(arena, methods))})
     outcomes = joined([answers.kept[start] for start in starts])
 
     # Report.
@@ -98,13 +113,19 @@ def paper_settings(model) -> dict:
 
 
 def kept_references(path: Path, model, prompts: list[Prompt], items: list[Item]) -> ReferenceSet:
-    """The references of this file, or, where there is none, new ones that are written to it."""
-    if path.exists():
-        return ReferenceSet.load(path, model)
+    """The references of this file, or, where it has not just these, new ones, written to it."""
     solved = as_problems(prompts, items, model.config.vocab_size)
+    if path.exists():
+        try:
+            references = ReferenceSet.load(path, model)
+            for name in ("tokens", "lengths", "labels", "options"):
+                same = torch.equal(getattr(references, name), getattr(solved, name))
+                require(same, f"{path} has other {name}")
+            return references
+        except ValueError as error:
+            note(f"{error}; its references are made anew")
     rows = as_tuples(solved.tokens, solved.lengths)
     references = ReferenceSet.build(model, rows, solved.labels, solved.options)
-    path.parent.mkdir(parents=True, exist_ok=True)
     references.save(path)
     return references
 

@@ -7,7 +7,6 @@ python -m lab.composing.compare table     what the results file says, for one nu
 what was cut off. All presets see the same batches.
 """
 
-import hashlib
 import itertools
 import json
 import subprocess
@@ -29,6 +28,7 @@ from lab.composing.robustness import activated_parameters, robustness
 from lab.composing.sharing import composed_blocks, sharing
 from lab.composing.verdict import DECLARED, comparison_report, draw_figures
 from lab.tools import cli, runs
+from lab.tools.files import digest, parse_json
 from moe import MoEConfig, require
 
 # Runs are compared only if they agree in these, in these sizes, and in all settings of train_toy.py
@@ -36,6 +36,13 @@ from moe import MoEConfig, require
 SAME = ("data", "tokenizer", "device")
 SIZES = ("d_model", "n_layers", "context", "vocab_size")
 FREE = {"preset", "seed", "lr", "steps", "eval_every", *SAME}
+
+# What the results file says of a run, among others.
+FORM = dict.fromkeys(("preset", "tokenizer", "device", "data"), str)
+FORM |= dict.fromkeys(("seed", "steps", "total"), int)
+FORM |= dict.fromkeys(("lr", "dropout", "activated"), float)
+FORM |= {"norm_topk": bool, "dev": {str: float}, "test": {str: float}}
+FORM |= {"settings": {"model": {}, "train": {}}}
 
 
 @dataclass
@@ -118,10 +125,7 @@ def train(plan: Plan) -> int:
 
 def fingerprint(task) -> str:
     """A checksum of all tokens that models learn from or are scored on."""
-    digest = hashlib.sha256()
-    for split, row in task.rows.items():
-        digest.update(split.encode() + row.tobytes())
-    return digest.hexdigest()
+    return digest(*itertools.chain(*task.rows.items()))
 
 
 def run_folder(out: str, run: dict) -> Path:
@@ -225,16 +229,13 @@ def append_line(path: str, line: dict):
 def read_runs(path: str) -> list[dict]:
     """The lines of a results file, none if there is no such file.
 
-    ValueError for a line that is no JSON, such as one that was cut off.
+    ValueError for a line that is no run, such as one that was cut off.
     """
     if not Path(path).exists():
         return []
     lines = []
     for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            raise ValueError(f"{path}: line {number} is no run; take it out") from None
+        lines.append(parse_json(text, FORM, f"{path}: line {number}"))
     return lines
 
 

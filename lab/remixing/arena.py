@@ -17,6 +17,7 @@ import torch
 
 from data import Problems, Prompts, load_task
 from lab.tools import runs
+from lab.tools.cli import note
 from moe import require
 from pathways import Neighbours, ReferenceSet, Tail, best_token, find_neighbours, frozen
 from pathways.checks import as_tuples
@@ -41,6 +42,7 @@ class Arena:
     about: Prompts | None = None  # more about prompts of the skills task
     task: str | None = None  # what methods were tuned to; None: they take their defaults
     seed: int = 0
+    content: dict = field(default_factory=dict)  # what the task is made of, see Task.content
 
     def __post_init__(self):
         if self.lengths is None:
@@ -182,7 +184,12 @@ def arena_of(folder: Path, split: str, most=None, given=None, strict=False, rout
     rows = torch.randperm(n, generator=generator)[:most].sort().values
     asked = selected(asked, rows)
 
-    # Take all references.
+    # Take all references that are not asked.
+    keys = set(as_tuples(asked.tokens, asked.lengths))
+    new = [prompt not in keys for prompt in as_tuples(solved.tokens, solved.lengths)]
+    if not all(new):
+        note(f"{new.count(False)} of {len(new)} references of {folder} are asked, too: left out")
+        solved = selected(solved, torch.tensor(new).nonzero()[:, 0])
     corpus = task.corpus()
     if corpus is not None:
         corpus = as_tuples(*corpus)
@@ -200,6 +207,7 @@ def arena_of(folder: Path, split: str, most=None, given=None, strict=False, rout
         about=asked.about,
         task=task.name,
         seed=train["seed"],
+        content=task.content,
     )
 
 

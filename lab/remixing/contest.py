@@ -5,7 +5,6 @@ python -m lab.remixing.contest A.json B.json    does re-mixing gain more on one 
                                                 the same seeds; see docs/cartesian.md
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from lab.remixing.rivals import larger_model
 from lab.remixing.tables import SHOWN, TESTS, gain_table, main_table
 from lab.scores.evaluation import places
 from lab.tools import cli, statistics
+from lab.tools.files import read_json
 from moe import require
 from pathways import best_token, near_copies
 
@@ -99,6 +99,7 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
         "title": title,
         "runs": [folder.name for folder in folders],
         "seeds": [arena.seed for arena in arenas],
+        "content": [arena.content for arena in arenas],
         "prompts": n,
         "rows": rows,
         "costs": multiples,
@@ -238,25 +239,22 @@ def taste(folder: Path, most: int = 200, router: type | None = None) -> str:
 # ------------------------------------------------------------------------- two kinds of models
 
 
+ROW = {"low": float, "high": float, "each": [float]}  # a number for each seed
+FORM = {"runs": [str], "seeds": [int], "prompts": int, "rows": {str: ROW}}  # of a report
+
+
 def main(argv) -> int:
     """Two reports of eval.py remix, side by side."""
     if len(argv) != 2:
         raise cli.Usage("expected two files of eval.py remix: A.json B.json")
-    first, second = (read_contest(path) for path in argv)
-    ours = (first["seeds"], first["prompts"])
-    theirs = (second["seeds"], second["prompts"])
-    problem = f"the seeds and prompts are {ours} and {theirs}: these runs make no pairs"
-    require(ours == theirs, problem)
+    first, second = (read_json(Path(path), FORM) for path in argv)
+    for name in ("seeds", "prompts", "content"):
+        ours, theirs = first.get(name), second.get(name)
+        unknown = name == "content" and None in (ours, theirs)  # of earlier versions
+        problem = f"their {name} are {ours} and {theirs}: these runs make no pairs"
+        require(ours == theirs or unknown, problem)
     print(gain_table(first, second))
     return 0
-
-
-def read_contest(path: str) -> dict:
-    """ValueError for a file that eval.py remix has not written."""
-    result = json.loads(Path(path).read_text(encoding="utf-8"))
-    complete = {"runs", "seeds", "prompts", "rows"} <= result.keys()
-    require(complete, f"{path} was not written by eval.py remix")
-    return result
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@
 Everything that is saved and opened again stands on these, tensors with a checksum inside.
 """
 
+import json
+import math
 import os
 import secrets
 import socket
@@ -168,6 +170,46 @@ def write(path: Path, data: bytes):
     """Write a file, whole or not at all."""
     with whole(path) as file:
         file.write(data)
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+def read_json(path: Path, form):
+    """What a JSON file says. ValueError where it is missing, unreadable, or has another form."""
+    require(path.is_file(), f"no such file: {path}")
+    return parse_json(path.read_text(encoding="utf-8", errors="replace"), form, str(path))
+
+
+def parse_json(text: str, form, place: str):
+    """What a JSON text says. place: for messages. ValueError where it has another form.
+
+    A form is a type; [form], a list of such; {"name": form, ...}, an object with these entries and
+    perhaps others; or {str: form}, one whose entries all are such. A float is any finite number.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not readable JSON: {error}") from None
+    require_form(value, form, place)
+    return value
+
+
+def require_form(value, form, place: str):
+    """ValueError, with its place, for what has another form."""
+    kind = form if isinstance(form, type) else type(form)
+    fits = type(value) is kind
+    if kind is float:
+        fits = type(value) in (int, float) and math.isfinite(value)
+    require(fits, f"{place} is {value!r:.40}; expected {kind.__name__}")
+    if isinstance(form, list):
+        for number, item in enumerate(value):
+            require_form(item, form[0], f"{place}, {number}")
+    if isinstance(form, dict):
+        every = form.get(str)
+        for name, inner in dict.fromkeys(value, every).items() if every else form.items():
+            require(name in value, f"{place} has no {name}")
+            require_form(value[name], inner, f"{place}, {name}")
 
 
 # ---------------------------------------------------------------------------------------- tensors

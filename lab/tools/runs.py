@@ -17,7 +17,7 @@ import torch
 
 from lab.composing.presets import build_model
 from lab.tools.cli import command, nearest, note
-from lab.tools.files import digest, read_about, read_tensors, write, write_tensors
+from lab.tools.files import digest, parse_json, read_about, read_tensors, write, write_tensors
 from moe import Router, require
 
 FILES = ("state.safetensors", "config.json", "log.jsonl", "model.safetensors", "scores.json")
@@ -226,17 +226,7 @@ def read_settings(folder: Path) -> dict:
 
 def settings_of(text: str, source) -> dict:
     """The settings that a JSON text holds. ValueError: it holds none of ours."""
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not readable JSON: {error}") from None
-    entries = settings if isinstance(settings, dict) else {}
-    complete = all(isinstance(entries.get(name), dict) for name in ("model", "train"))
-    require(
-        complete,
-        f"{source} was not written by train_toy.py: it has no entries `model` and `train`",
-    )
-    return settings
+    return parse_json(text, {"model": {}, "train": {}}, str(source))
 
 
 def require_file(path: Path):

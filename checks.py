@@ -6,11 +6,13 @@ here, so that none stands between a reader and an algorithm.
 
 import math
 import numbers
+import sys
 import typing
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 
 import torch
+from tqdm import tqdm
 
 IGNORE = -100  # a target without loss
 
@@ -245,3 +247,19 @@ def torch_defaults():
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
         yield
+
+
+@contextmanager
+def undisturbed():
+    """For a whole program: as `torch_defaults`, and random numbers and threads stay as well."""
+    threads = torch.get_num_threads()
+    try:
+        with torch_defaults(), torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def progress(steps, what: str):
+    """The steps, with a bar where somebody looks: on a terminal, if there is any."""
+    return tqdm(steps, desc=what, leave=False, disable=None if sys.stderr else True)

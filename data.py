@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from checks import evaluation
 from lab.tools.cli import note
 from lab.tools.files import digest, require_form
 from lab.tools.texts import identify, read_tokens, tinystories, tokenizer
@@ -95,14 +96,11 @@ def passes(model, *tensors) -> Iterator[tuple]:
     """
     n_rows = max(1, 8192 // tensors[0].shape[1])
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
-        for start in range(0, len(tensors[0]), n_rows):
-            rows = [tensor[start : start + n_rows].to(device) for tensor in tensors]
-            yield *rows, model(rows[0])
-    finally:
-        model.train(training)
+    for start in range(0, len(tensors[0]), n_rows):
+        rows = [tensor[start : start + n_rows].to(device) for tensor in tensors]
+        with evaluation(model):  # not while the caller has the rows: he may never come back
+            out = model(rows[0])
+        yield *rows, out
 
 
 # ---------------------------------------------------------------------------- skills and dialects
@@ -310,7 +308,7 @@ class SkillsTask(Task):
         """The examples of 40 training batches, without their answers."""
         sequences = torch.cat([self.batch(step, 64)[0] for step in range(40)])
         examples = sequences.view(-1, 5)[:, :4]  # (n, 20) -> (4n, 4)
-        return examples, torch.full((len(examples),), 4)
+        return examples, torch.full_like(examples[:, 0], 4)
 
 
 # ------------------------------------------------------------------------------------------- text

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from checks import undisturbed
 from data import Task, load_task
 from lab.checkpoints import choice
 from lab.composing.figures import robustness_figure, sharing_figure
@@ -45,6 +46,7 @@ from moe import MoETransformer, require
 from remix import RemixConfig
 
 
+@undisturbed()
 def main(argv=None) -> int:
     """Run a command -> the exit code."""
     command, *flags = argv or [""]

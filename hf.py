@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from checks import torch_defaults
 from lab.checkpoints.untrusted import (
     DTYPES,
     Settings,
@@ -32,7 +33,16 @@ from lab.checkpoints.untrusted import (
     require_tensors,
     room,
 )
-from moe import Experts, MoE, MoEConfig, MoETransformer, Router, require
+from moe import (
+    Experts,
+    MoE,
+    MoEConfig,
+    MoETransformer,
+    Router,
+    named_tensors,
+    require,
+    unwrapped,
+)
 
 # ------------------------------------------------------------------------------- names of tensors
 
@@ -87,12 +97,11 @@ FAMILIES = {  # by the model_type of config.json
 def pieces(model, family: str) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of a family's checkpoint: yields (their name, the view of our weight)."""
     names = FAMILIES[family].names
-    for path, weight in model.named_parameters():
+    for path, weight in named_tensors(model).items():
         layer, ours = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", path).groups()
         prefix = "" if layer is None else f"model.layers.{layer}."
 
         # Theirs is a matrix for each expert, ours one tensor (E, 2F, D) or (E, D, F).
-        weight = weight.detach()
         matrices = weight if weight.dim() == 3 else [weight]
         for e, matrix in enumerate(matrices):
             rows = matrix.chunk(len(names[ours]))  # (2F, D) -> (F, D) twice, or as it is
@@ -195,6 +204,8 @@ def write_config(model):
 
     ValueError, with the reason, where no family can express it.
     """
+    model = unwrapped(model)
+
     # A router or expert of another class computes what no family does.
     classes = {type(model)}
     for module in model.modules():
@@ -259,6 +270,7 @@ def write_config(model):
 ABOUT = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
 
 
+@torch_defaults()
 def load(source, dtype=None, device="cpu", cache=None, offline=False):
     """Open a checkpoint -> (model in evaluation mode, tokenizer of the library tokenizers or None).
 

@@ -30,9 +30,9 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from checks import require
+from checks import progress, require, torch_defaults
+from moe import unwrapped
 from pathways.checks import require_config, require_gradient, require_remixable
 from pathways.neighbours import KERNELS, TINY, Neighbours, find_neighbours, kernel
 from pathways.prompts import cross_entropy, padded, trimmed
@@ -228,6 +228,7 @@ class RemixResult(NamedTuple):
     neighbours: Neighbours
 
 
+@torch_defaults()
 def remix(
     model,
     prompts,
@@ -243,6 +244,7 @@ def remix(
     changes: to the config, such as k=5, or method=my_surrogate. neighbours: if you have them
     already. allowed, embeddings: see `find_neighbours`. ValueError for what does not fit together.
     """
+    model = unwrapped(model)
     config = replace(config or RemixConfig(), **changes)
     surrogate = SURROGATES.get(config.method, config.method)
     tokens, lengths = padded(prompts, model.config.vocab_size)
@@ -256,7 +258,7 @@ def remix(
             tail, references, tokens, lengths, config, allowed, embeddings
         )
         batches = torch.arange(len(tokens)).split(config.batch)
-        for rows in tqdm(batches, desc="re-mixing", leave=False, disable=None):
+        for rows in progress(batches, "re-mixing"):
             # The model's own pathways and answers.
             prefix = tail.cut(*trimmed(tokens, lengths, rows))
             own, logits_before = tail.own(prefix)

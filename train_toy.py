@@ -18,6 +18,7 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
+from checks import undisturbed
 from data import Task, load_task
 from lab.composing.presets import build_model
 from lab.remixing.contest import taste
@@ -39,6 +40,7 @@ from moe import MoEConfig, Router, require
 # ------------------------------------------------------------------------------------------- runs
 
 
+@undisturbed()
 def main(argv=None) -> int:
     """Train, report, and say what to run next -> the exit code."""
     parser = cli.Parser("train_toy.py", usage="%(prog)s [flags]", description=__doc__)

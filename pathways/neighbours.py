@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from checks import torch_defaults
 from pathways.checks import require_enough
 from pathways.references import ReferenceSet
 from pathways.similarity import near_copies, similarity
-from pathways.tail import Tail
+from pathways.tail import Tail, frozen
 
 KERNELS = ("gaussian", "matern", "polynomial", "linear")
 TINY = 1e-20
@@ -32,6 +33,7 @@ class Neighbours(NamedTuple):
         return Neighbours(index, weight.to(pathways), usable, pathways)
 
 
+@torch_defaults()
 @torch.no_grad()
 def find_neighbours(
     tail: Tail,
@@ -51,7 +53,8 @@ def find_neighbours(
     usable = references.correct & ~near_copies(references, tokens, lengths)  # (n, m)
     if allowed is not None:
         usable = usable & allowed
-    cosine = similarity(config.embedding, tail, references, tokens, lengths, embeddings)  # (n, m)
+    with frozen(tail.model):
+        cosine = similarity(config.embedding, tail, references, tokens, lengths, embeddings)
     return nearest(cosine, usable, tail.pathways(references), config)
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from checks import require
+from checks import require, torch_defaults
 from lab.tools.files import digest, read_tensors, write_tensors
+from moe import unwrapped
 from pathways.checks import require_labels, require_routers
 from pathways.prompts import best_token, padded, portions
 from pathways.tail import Prefix, Tail, frozen
@@ -42,6 +43,7 @@ class ReferenceSet:
     kept: "Prefixes | None" = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
+    @torch_defaults()
     @torch.no_grad()
     def build(
         cls,
@@ -58,6 +60,7 @@ class ReferenceSet:
         ValueError: no references, labels outside the vocabulary or the options, a model without
         routers, prompts of several lengths with token "all".
         """
+        model = unwrapped(model)
         vocab_size = model.config.vocab_size
         labels = torch.as_tensor(labels, dtype=torch.int64)
         if options is not None:
@@ -115,6 +118,7 @@ class ReferenceSet:
         write_tensors(Path(path), tensors, {"model": self.model, "token": self.token})
 
     @classmethod
+    @torch_defaults()
     def load(cls, path, model) -> "ReferenceSet":
         """ValueError for a file that is missing, is no reference set, or is of another model."""
         tensors, about = read_tensors(Path(path), "reference set")
@@ -206,6 +210,7 @@ def fingerprint(model) -> str:
 
     It is the same whether the model is compiled, in training, or on another device.
     """
+    model = unwrapped(model)
     values = [repr(model.config)]
     for module in model.modules():
         kind = type(module)

@@ -13,6 +13,7 @@ Letters in the shape comments:  n prompts    m references    T tokens    X width
 import torch
 import torch.nn.functional as F
 
+from checks import torch_defaults
 from pathways.checks import EMBEDDINGS, TFIDF, one_of, require_layer, require_own
 from pathways.prompts import portions
 from pathways.tail import Tail
@@ -21,6 +22,7 @@ VOCABULARY = 2**20  # tokens and terms: larger than any vocabulary
 COPY = 0.95  # above this cosine two prompts are the same in other words
 
 
+@torch_defaults()
 @torch.no_grad()
 def similarity(name: str, tail: Tail, references, tokens, lengths, own=None):
     """The cosines (n, m) of prompts (n, T) and references, float64, by one of the embeddings.
@@ -49,6 +51,7 @@ def similarity(name: str, tail: Tail, references, tokens, lengths, own=None):
     return (a @ b.T).clamp(-1, 1)
 
 
+@torch_defaults()
 def near_copies(references, tokens, lengths):
     """Which references (n, m) are a prompt (n, T) in nearly the same words: a cosine above 0.95."""
     corpus = (references.tokens, references.lengths)

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from moe import Cache, Imposed, Router
+from checks import evaluation
+from moe import Cache, Imposed, Router, unwrapped
 from pathways.checks import one_of, require_layers
 
 TOKENS = ("last", "middle", "first", "all")
@@ -46,6 +47,7 @@ class Tail:
 
     def __init__(self, model, layers: list[int] | None = None, token: str = "last"):
         one_of("token", token, TOKENS)
+        model = unwrapped(model)
         if layers is None:
             layers = [i for i, block in enumerate(model.blocks) if routers_of(block)]
         self.model = model
@@ -188,12 +190,12 @@ def routers_of(module) -> list[int]:
 @contextmanager
 def frozen(model):
     """Evaluation, and no gradients of the weights: only pathways have any. All is undone later."""
-    was_training = model.training
     learned = [weight for weight in model.parameters() if weight.requires_grad]
-    model.eval().requires_grad_(False)
+    for weight in learned:
+        weight.requires_grad_(False)
     try:
-        yield
+        with evaluation(model):
+            yield
     finally:
-        model.train(was_training)
         for weight in learned:
             weight.requires_grad_(True)

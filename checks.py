@@ -6,10 +6,11 @@ here, so that none stands between a reader and an algorithm.
 
 import math
 import numbers
+import os
 import sys
 import typing
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 import torch
 from tqdm import tqdm
@@ -251,13 +252,20 @@ def torch_defaults():
 
 @contextmanager
 def undisturbed():
-    """For a whole program: as `torch_defaults`, and random numbers and threads stay as well."""
-    threads = torch.get_num_threads()
-    try:
-        with torch_defaults(), torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    """For a whole program: as `torch_defaults`, and random numbers and threads stay as well.
+
+    What is printed where there is no output goes nowhere.
+    """
+    with ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        if sys.stdout is None:
+            stack.enter_context(redirect_stdout(nowhere))
+        if sys.stderr is None:
+            stack.enter_context(redirect_stderr(nowhere))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        stack.enter_context(torch_defaults())
+        yield
 
 
 def progress(steps, what: str):

@@ -102,6 +102,7 @@ def pieces(model, family: str) -> Iterator[tuple[str, torch.Tensor]]:
         prefix = "" if layer is None else f"model.layers.{layer}."
 
         # Theirs is a matrix for each expert, ours one tensor (E, 2F, D) or (E, D, F).
+        weight = weight.detach()
         matrices = weight if weight.dim() == 3 else [weight]
         for e, matrix in enumerate(matrices):
             rows = matrix.chunk(len(names[ours]))  # (2F, D) -> (F, D) twice, or as it is

@@ -684,8 +684,8 @@ class MoETransformer(nn.Module):
         """
         require_generation(tokens, valid, n_tokens, temperature, stop, self.config)
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.bool()
-        stops = torch.as_tensor([] if stop is None else stop, dtype=torch.int64)
-        stops = stops.to(tokens.device)
+        ends = [] if stop is None else stop
+        ends = torch.as_tensor(ends, dtype=torch.int64, device=tokens.device)
         with evaluation(self):
             # All of the prompt at once; the last token of each sequence predicts the next one.
             cache = Cache()
@@ -701,7 +701,7 @@ class MoETransformer(nn.Module):
                 token = next_token(self.head(x), temperature, generator)  # (B,)
                 if new:
                     token = torch.where(ended, new[-1], token)
-                ended = torch.isin(token, stops)
+                ended = torch.isin(token, ends)
                 new.append(token)
                 if show is not None:
                     show(token)
@@ -795,5 +795,5 @@ def unwrapped(model) -> "MoETransformer":
 
 def named_tensors(model) -> dict[str, torch.Tensor]:
     """Weights and buffers by the names that they have without wrappers, also of single blocks."""
-    tensors = unwrapped(model).state_dict()
+    tensors = unwrapped(model).state_dict(keep_vars=True)
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}

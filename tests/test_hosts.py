@@ -21,6 +21,7 @@ import train_toy
 from data import SkillsTask, passes
 from lab.scores.specialisation import specialisation
 from lab.tools import runs
+from moe import unwrapped
 from pathways import ReferenceSet, Tail, find_neighbours
 from remix import RemixConfig, remix
 
@@ -152,7 +153,7 @@ def going_to_the_hub(model, references, folder):
 
 def saving(model, references, folder):
     optimizer = torch.optim.AdamW(model.parameters())
-    settings = {"model": vars(tiny(dropout=0.5).config), "train": {}}
+    settings = {"model": vars(unwrapped(model).config), "train": {}}
     runs.save(folder, model, optimizer, 0, settings, [], [])
     runs.resume(folder, model, optimizer)
     return tuple(runs.load(folder)[0].state_dict().values())
@@ -208,8 +209,12 @@ def alone(operation, folder):
     return operation(model, references_of(model), folder / "alone")
 
 
+QUICK = ["default bfloat16", "default device", "inference mode", "no output"]
+OTHER_HOSTS = [host for host in HOSTS if host not in QUICK]
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", [*QUICK, *full(*OTHER_HOSTS)])
 def test_hosts(host, operation, tmp_path):
     """The same result in a host, which finds itself and its model as they were."""
     expected = alone(operation, tmp_path)
@@ -224,8 +229,12 @@ def test_hosts(host, operation, tmp_path):
     close(result, expected, 0)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+CALLS = [forwarding, generating, scoring]  # of a wrapper itself: torch.compile takes seconds
+OTHERS = [operation for operation in OPERATIONS if operation not in CALLS]
+
+
+@pytest.mark.parametrize("operation", [*OTHERS, *full(*CALLS)])
+@pytest.mark.parametrize("wrapper", ["compiled", "data parallel", *full("compiled blocks")])
 def test_wrappers(wrapper, operation, tmp_path):
     """A wrapped model is the model inside of it, references and files included."""
     expected = alone(operation, tmp_path)
@@ -269,7 +278,7 @@ def run_programs(folder):
     return json.loads((folder / "perplexity-dev.json").read_text())
 
 
-@pytest.mark.parametrize("host", ["default bfloat16", *full(*HOSTS)])
+@pytest.mark.parametrize("host", [*QUICK[:1], *full(*QUICK[1:], *OTHER_HOSTS)])
 def test_programs_in_hosts(host, tmp_path):
     """The programs give the same there, to the last digit."""
     expected = run_programs(tmp_path / "alone")

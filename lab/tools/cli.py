@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import types
 import typing
 from contextlib import contextmanager
@@ -248,8 +249,9 @@ class Interrupt:
 
     def __enter__(self):
         self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self.ask)
+        if threading.current_thread() is threading.main_thread():  # no other one gets signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.ask)
         return self
 
     def ask(self, number, frame):

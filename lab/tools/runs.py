@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from checks import torch_defaults, undisturbed
 from lab.composing.presets import build_model
 from lab.tools.cli import command, nearest, note
 from lab.tools.files import digest, parse_json, read_about, read_tensors, write, write_tensors
-from moe import Router, require
+from moe import Router, named_tensors, require
 
 FILES = ("state.safetensors", "config.json", "log.jsonl", "model.safetensors", "scores.json")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
@@ -41,8 +42,8 @@ def save(
     settings: {"model": ..., "train": ...}. log: a dict for each evaluation. recent: the training
     losses since the last of them.
     """
-    state = {f"weight/{name}": weight for name, weight in model.state_dict().items()}
-    for name, weight in model.named_parameters():
+    state = {f"weight/{name}": weight for name, weight in named_tensors(model).items()}
+    for name, weight in learnt(model).items():
         for moment in MOMENTS:
             value = optimizer.state[weight].get(moment)
             if value is None:  # before the first step
@@ -52,6 +53,12 @@ def save(
     about = {name: json.dumps(value) for name, value in about.items()}
     write_tensors(folder / "state.safetensors", state, about)
     write_copies(folder, state, about)
+
+
+def learnt(model) -> dict[str, torch.nn.Parameter]:
+    """The weights of a model, without its buffers."""
+    tensors = named_tensors(model).items()
+    return {name: tensor for name, tensor in tensors if isinstance(tensor, torch.nn.Parameter)}
 
 
 def write_copies(folder: Path, state: dict, about: dict[str, str]):
@@ -74,6 +81,7 @@ def weights_of(state: dict) -> dict:
 # ---- opening
 
 
+@undisturbed()
 def load(folder: Path, router: type | None = None):
     """Open a run -> its model in evaluation mode, and the settings of its training.
 
@@ -178,6 +186,7 @@ def newest(parent: Path = Path("out")) -> Path:
     return runs[-1].parent
 
 
+@torch_defaults()
 def resume(folder: Path, model, optimizer):
     """Load the saved state into model and optimizer, bit by bit -> step, log, recent losses.
 
@@ -185,7 +194,7 @@ def resume(folder: Path, model, optimizer):
     ValueError where the state is not one of this model.
     """
     state, about = read_state(folder)
-    parameters = dict(model.named_parameters())
+    parameters = learnt(model)
     names = {f"{moment}/{name}" for name in parameters for moment in MOMENTS}
     path = folder / "state.safetensors"
     require(names <= state.keys(), f"{path} was not written by train_toy.py for this model")
@@ -242,7 +251,7 @@ def load_weights(model, weights: dict, source):
 
     ValueError names the first three that are missing, unknown or of another shape.
     """
-    own = model.state_dict()
+    own = named_tensors(model)
     problems = []
     for name in own | weights:
         shape = tuple(weights[name].shape) if name in weights else "missing"

@@ -160,7 +160,8 @@ def read_config(raw: dict, path):
         sizes[field] = settings.get(kind, *keys, **limits)
 
     # Refuse what we would compute wrongly, find the dense layers, and the widths.
-    settings.require_plain(sizes["n_layers"], sizes["context"])
+    settings.require_plain(sizes["n_layers"])
+    sizes["context"] = settings.within_window(sizes["context"])
     sizes["dense_layers"] = dense_layers(settings, sizes["n_layers"])
     n_shared = settings.get(int, "n_shared_experts", default=0, low=0)
     width = settings.get(int, "moe_intermediate_size", default=None)
@@ -284,10 +285,7 @@ def load(source, dtype=None, device="cpu", cache=None, offline=False):
     folder = fetch(source, ABOUT, cache, offline)
     name, model, dtype = plan(folder, dtype)
     tokenizer = read_tokenizer(folder, model.config.vocab_size)
-    need = sum(weight.nbytes for weight in model.parameters())
-    free = room(device)
-    sizes = f"{need / 1e9:,.2f} GB in {dtype}, and {device} has {free / 1e9:,.2f} GB free"
-    require(need <= free, f"{source} takes {sizes}: try bfloat16, or a larger machine")
+    require_room(source, model, dtype, device)
 
     # Get the weights, of the same commit, and compare them with config.json.
     if not Path(source).is_dir():
@@ -331,6 +329,17 @@ def plan(folder: Path, dtype=None):
     with torch.device("meta"):
         model = MoETransformer(config).to(getattr(torch, dtype))
     return name, model, dtype
+
+
+def require_room(source, model, dtype: str, device):
+    """ValueError where a device has less free memory than a model takes."""
+    need = sum(weight.nbytes for weight in model.parameters())
+    free = room(device)
+    hint = "take a larger machine"
+    if model.n_params() * 2 <= free:
+        hint = "in bfloat16 it fits (dtype='bfloat16', or --dtype bfloat16)"
+    sizes = f"{need / 1e9:,.2f} GB in {dtype}, and {device} has {free / 1e9:,.2f} GB free"
+    require(need <= free, f"{source} takes {sizes}: {hint}")
 
 
 def save(model, path):

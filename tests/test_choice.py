@@ -1,5 +1,6 @@
 """eval.py choice: scores are those of an independent computation, rows are read as meant."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -58,6 +59,55 @@ ROWS = {  # benchmark -> a row of it, and what is read
 }
 HIDDEN = {"answerKey": "", "correct_answer": "", "answer": "", "label": "-1"}
 WRONG = {"answerKey": "F", "correct_answer": 7, "answer": 7, "label": 7}
+
+
+FIRE = ["ice", "fire", "snow"]
+ORIGINAL = [{"text": text, "label": letter} for text, letter in zip(FIRE, "ABC", strict=True)]
+OTHER_FORMS = {  # as the authors gave them out: name of the file, benchmark, row, what is read
+    "arc's own": ("x.jsonl", "arc_easy", {"stem": "Hot is", "choices": ORIGINAL}, FIRE),
+    "openbookqa's own": ("x.jsonl.gz", "openbookqa", {"stem": "Hot is", "choices": ORIGINAL}, FIRE),
+    "letters in mmlu": ("x.json", "mmlu", MMLU | {"answer": "C"}, MMLU["choices"]),
+    "sciq's array": ("x.json", "sciq", SCIQ, ["yes", "no", "so"]),
+    "two distractors": (
+        "x.json.gz",
+        "sciq",
+        {key: text for key, text in SCIQ.items() if text},
+        ["yes", "no", "so"],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", OTHER_FORMS)
+def test_other_forms(form, tmp_path):
+    """Rows are read in the form that their authors chose, lines or an array, packed or not."""
+    name, benchmark, row, choices = OTHER_FORMS[form]
+    if "stem" in row:
+        row = {"id": 7, "question": row, "answerKey": "C"}
+    content = json.dumps(row) if "jsonl" in name else json.dumps([row], indent=1)
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content.encode()))
+    (item,) = read_items(benchmark, str(path))
+    assert (item.choices, item.answer) == (choices, 2)
+
+
+def test_other_keys(tmp_path):
+    """A row of another kind is told with the keys that were expected, and those that it has."""
+    path = write(tmp_path / "rows.jsonl", [{"stem": "Hot?", "options": ["ice", "fire"]}])
+    expected = "expected question, choices, answer; found stem, options"
+    with pytest.raises(ValueError, match=f"row 1, is no row of mmlu: {expected}$"):
+        read_items("mmlu", path)
+    Path(path).with_suffix(".gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match=r"is no readable \.gz"):
+        read_items("mmlu", str(Path(path).with_suffix(".gz")))
+
+
+def test_splits():
+    """Examples come from a split that is not scored; MMLU has none that is called train."""
+    for name, benchmark in BENCHMARKS.items():
+        assert benchmark.solved == ("validation" if name == "mmlu" else "train")
+        assert benchmark.solved != benchmark.split
 
 
 def write(path, rows) -> str:

@@ -1,12 +1,15 @@
 """Multiple-choice benchmarks as the hub has them, and the prompts that are made of them.
 
-Rows come from a file, .jsonl or .parquet, or are downloaded as parquet: no code of a data set ever
-runs. A function for each benchmark makes an Item of a row, `make_prompts` makes tokens of an Item.
+Rows come from a file (JSON lines or a JSON array, perhaps .gz, or .parquet), or are downloaded as
+parquet: no code of a data set ever runs. A function for each benchmark makes an Item of a row,
+`make_prompts` makes tokens of an Item.
 """
 
+import gzip
 import json
 import random
 import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -43,22 +46,21 @@ def answer_place(label, labels) -> int | None:
 
 
 def arc(row) -> Item:
-    """Three to five choices with labels of their own."""
-    choices = row["choices"]
+    """Three to five choices with labels of their own, as the hub has them or as they came out."""
+    question, choices = row.get("question_stem", row.get("question")), row.get("choices")
+    if isinstance(question, dict):
+        question, choices = question["stem"], question["choices"]
+    if isinstance(choices, list):
+        choices = {key: [choice[key] for choice in choices] for key in ("text", "label")}
     answer = answer_place(row.get("answerKey"), choices["label"])
-    return Item(row["question"], [*choices["text"]], answer)
-
-
-def openbookqa(row) -> Item:
-    """Like ARC, but for a name."""
-    return arc({**row, "question": row["question_stem"]})
+    return Item(question, [*choices["text"]], answer)
 
 
 def sciq(row) -> Item:
     """The answer stands first. Its place is drawn here, always the same for the same question."""
     texts = [row["correct_answer"]]
     for key in ("distractor1", "distractor2", "distractor3"):
-        if row[key]:
+        if row.get(key):
             texts.append(row[key])
     order = random.Random(row["question"]).sample(range(len(texts)), len(texts))
     answer = order.index(0) if texts[0] else None
@@ -66,9 +68,10 @@ def sciq(row) -> Item:
 
 
 def mmlu(row) -> Item:
-    """Four choices; the answer is a number from 0."""
-    choices = [*row["choices"]]
-    return Item(row["question"], choices, answer_place(row.get("answer"), range(len(choices))))
+    """Four choices; the answer is a number from 0, or a letter."""
+    choices, answer = [*row["choices"]], row.get("answer")
+    labels = LETTERS[: len(choices)] if str(answer).isalpha() else range(len(choices))
+    return Item(row["question"], choices, answer_place(answer, labels))
 
 
 def hellaswag(row) -> Item:
@@ -105,49 +108,68 @@ class Benchmark(NamedTuple):
     config: str
     split: str  # to be scored: test, or validation where test keeps its answers secret
     read: Callable[[dict], Item]
+    keys: str  # what stands in a row
+    solved: str = "train"  # the split whose answers may be shown
 
 
+ARC_KEYS = "question or question_stem, choices, answerKey"
+SCIQ_KEYS = "question, correct_answer, distractor1, distractor2, distractor3"
+SCENE_KEYS = "activity_label, ctx, endings, label"
+GAP_KEYS = "sentence, option1, option2, answer"
+CHOICE_KEYS = "question, choices, answer"
 BENCHMARKS = {
-    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", arc),
-    "arc_easy": Benchmark("allenai/ai2_arc", "ARC-Easy", "test", arc),
-    "openbookqa": Benchmark("allenai/openbookqa", "main", "test", openbookqa),
-    "sciq": Benchmark("allenai/sciq", "default", "test", sciq),
-    "mmlu": Benchmark("cais/mmlu", "all", "test", mmlu),
-    "hellaswag": Benchmark("Rowan/hellaswag", "default", "validation", hellaswag),
-    "piqa": Benchmark("ybisk/piqa", "plain_text", "validation", piqa),
-    "winogrande": Benchmark("allenai/winogrande", "winogrande_xl", "validation", winogrande),
+    "arc_challenge": Benchmark("allenai/ai2_arc", "ARC-Challenge", "test", arc, ARC_KEYS),
+    "arc_easy": Benchmark("allenai/ai2_arc", "ARC-Easy", "test", arc, ARC_KEYS),
+    "openbookqa": Benchmark("allenai/openbookqa", "main", "test", arc, ARC_KEYS),
+    "sciq": Benchmark("allenai/sciq", "default", "test", sciq, SCIQ_KEYS),
+    "mmlu": Benchmark("cais/mmlu", "all", "test", mmlu, CHOICE_KEYS, "validation"),
+    "hellaswag": Benchmark("Rowan/hellaswag", "default", "validation", hellaswag, SCENE_KEYS),
+    "piqa": Benchmark("ybisk/piqa", "plain_text", "validation", piqa, "goal, sol1, sol2, label"),
+    "winogrande": Benchmark(
+        "allenai/winogrande", "winogrande_xl", "validation", winogrande, GAP_KEYS
+    ),
 }
 
 
-def read_items(name: str, file: str | None = None, split: str | None = None) -> list[Item]:
+def read_items(name: str, file: str | None = None, solved: bool = False) -> list[Item]:
     """The questions of a benchmark that have an answer, from a file, or downloaded (None).
 
-    ValueError or OSError for a file that cannot be had or read, and for rows of another kind.
+    solved: of the split whose answers may be shown, not of the one to be scored. ValueError or
+    OSError for a file that cannot be had or read, and for rows of another kind.
     """
     benchmark = BENCHMARKS[name]
     if file is not None:
         paths = [Path(file)]
     else:
-        paths = download_split(benchmark, split or benchmark.split)
+        paths = download_split(benchmark, benchmark.solved if solved else benchmark.split)
 
     items = []
     for path in paths:
         missing = f"no such file: {path}; expected rows of {name} as .jsonl or .parquet"
         require(path.is_file(), missing)
         for number, row in enumerate(read_rows(path), 1):
-            try:
-                item = benchmark.read(row)
-                texts = [item.question, *item.choices]
-                valid = 3 <= len(texts) <= 11 and all(isinstance(text, str) for text in texts)
-                require(valid, "expected 2 to 10 texts")
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                problem = f"{path}, row {number}, is no row of {name}"
-                raise ValueError(f"{problem}: {error!r:.200}") from None
-            items.append(item)
+            items.append(read_row(row, name, f"{path}, row {number}"))
 
     solved = [item for item in items if item.answer is not None]
     require(solved, f"{paths[0]} has {len(items)} questions of {name}, but no answers")
     return solved
+
+
+def read_row(row, name: str, place: str) -> Item:
+    """The question in a row. place: for messages. ValueError for a row of another kind."""
+    problem = f"{place}, is no row of {name}"
+    try:
+        item = BENCHMARKS[name].read(row)
+    except (AttributeError, KeyError, TypeError):
+        has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        expected = f"expected {BENCHMARKS[name].keys}; found {has:.200}"
+        raise ValueError(f"{problem}: {expected}") from None
+    except ValueError as error:
+        raise ValueError(f"{problem}: {error!s:.200}") from None
+    texts = [item.question, *item.choices]
+    valid = 3 <= len(texts) <= 11 and all(isinstance(text, str) for text in texts)
+    require(valid, f"{problem}: expected a question and 2 to 10 choices, all of them texts")
+    return item
 
 
 def without_asked(items: list[Item], asked: list[Item], what: str) -> list[Item]:
@@ -166,17 +188,21 @@ def same_words(item: Item) -> tuple:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a .parquet file, or else of JSON lines. ValueError for what cannot be read."""
+    """The rows of a .parquet file, or of JSON: an array, or lines, perhaps .gz. ValueError."""
     try:
         if path.suffix == ".parquet":
             from pyarrow import parquet
 
             return parquet.read_table(path).to_pylist()
-        lines = path.read_bytes().splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        if content.lstrip()[:1] == b"[":
+            return json.loads(content)
+        return [json.loads(line) for line in content.splitlines() if line.strip()]
     except ImportError:
         raise ValueError(f"{path} needs the library pyarrow: {INSTALL}") from None
-    except (ValueError, OSError) as error:  # pyarrow's are of these kinds
+    except (ValueError, OSError, EOFError, zlib.error) as error:  # pyarrow's are of these kinds
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no readable {path.suffix}: {reason}") from None
 

@@ -106,7 +106,7 @@ def main(argv) -> int:
     items = read_items(config.task, config.data_file)[: config.limit]
     shots = []
     if config.shots:
-        shots = read_items(config.task, config.shots_file, "train")
+        shots = read_items(config.task, config.shots_file, solved=True)
         shots = without_asked(shots, items, "examples")[: config.shots]
         source = config.shots_file or config.task
         problem = f"--shots {config.shots}, but {source} has only {len(shots)} other examples"

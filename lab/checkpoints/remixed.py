@@ -53,7 +53,7 @@ def remix_benchmark(model, tokenizer, items: list[Item], shots, choice, changes:
     # What is asked, what helps, and with which settings.
     solved_items = []
     for name, file in choice.reference_sources():
-        solved_items += read_items(name, file, "train")[: choice.reference_limit]
+        solved_items += read_items(name, file, solved=True)[: choice.reference_limit]
     solved_items = without_asked(solved_items, [*items, *shots], "references")
     require(solved_items, "no references are left to re-mix by")
     asked, solved = prompts_of(items), prompts_of(solved_items)

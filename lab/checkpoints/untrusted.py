@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lab.tools.cli import note
 from moe import require
 
 MAX_JSON = 2**23  # bytes of a file
@@ -27,6 +28,7 @@ NEUTRAL = {  # keys that would change the result of a model, and the only value 
     "topk_method": "greedy",
     "routed_scaling_factor": 1,
     "partial_rotary_factor": 1,
+    "quantization": None,  # as MLX says it
     "quantization_config": None,
     "rope_parameters": {"rope_type": "default"},
     "rope_scaling": {"rope_type": "default"},
@@ -110,17 +112,21 @@ class Settings:
         require(len(values) == 1, f"{self.path} contradicts itself: {given}")
         return kind(values.pop())
 
-    def require_plain(self, n_layers: int, context: int):
-        """ValueError for another activation, rope or scoring, or for windows in attention."""
+    def require_plain(self, n_layers: int):
+        """ValueError for another activation, rope or scoring, or for layers of other kinds."""
         neutral = NEUTRAL | {"layer_types": ["full_attention"] * n_layers}
         for key, only in neutral.items():
             value = self.raw.get(key)
             problem = f"{self.path}: {key} is {value!r:.80}; we only compute {only!r:.60}"
             require(value is None or value == only, problem)
-        if self.raw.get("use_sliding_window", True):
-            window = self.get(int, "sliding_window", default=context, high=2**30)
-            problem = f"{self.path}: sliding_window {window} is below the context"
-            require(window >= context, problem)
+
+    def within_window(self, context: int) -> int:
+        """The context, cut to the window of attention: up to there both see the same tokens."""
+        window = self.get(int, "sliding_window", default=context, high=2**30)
+        if window >= context or not self.raw.get("use_sliding_window", True):
+            return context
+        note(f"{self.path}: attention looks back {window:,} tokens: the context is cut to that")
+        return window
 
 
 # ---------------------------------------------------------------------------------------- tensors

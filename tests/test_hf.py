@@ -68,11 +68,11 @@ CASES = {
 FULL = full(*list(CASES)[3:])
 
 
-def peer(case, dtype=torch.float64):
+def peer(case, dtype=torch.float64, **changes):
     """A random model of transformers."""
     transformers = pytest.importorskip("transformers")
     family = case.split(",")[0]
-    sizes = SIZES | FAMILIES[family] | CASES[case]
+    sizes = SIZES | FAMILIES[family] | CASES[case] | changes
     options = {"experts_implementation": "eager", "dtype": dtype}
     config = transformers.AutoConfig.for_model(family, **sizes, **options)
     return scattered(transformers.AutoModelForCausalLM.from_config(config).to(dtype))
@@ -248,7 +248,8 @@ WRONG_SETTINGS = {
     "too many chosen": ({"num_experts_per_tok": 5}, "top_k 5 is more than the 4 experts"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; we only compute 'silu'"),
     "rope": ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is {'rope_type': 'yarn'}"),
-    "window": ({"sliding_window": 8}, "sliding_window 8 is below the context"),
+    "quantized": ({"quantization": {"bits": 4}}, "quantization is {'bits': 4}; we only compute"),
+    "no window": ({"sliding_window": 0}, "sliding_window is 0; expected int from 1"),
 }
 
 
@@ -260,6 +261,20 @@ def test_wrong_settings(name, good):
     raw = read_json(good / "config.json") | changes
     with refused(message):
         hf.read_config(raw, "config.json")
+
+
+def test_window(tmp_path, capsys):
+    """A model whose attention looks back a few tokens is exact up to so many, and says so."""
+    theirs = peer("mixtral", sliding_window=8)
+    theirs.save_pretrained(tmp_path)
+    ours, _ = hf.load(tmp_path)
+    tokens = torch.randint(37, (2, 9))
+    close(ours(tokens[:, :8]).logits, theirs(tokens[:, :8]).logits, 1e-6)
+    assert "attention looks back 8 tokens: the context is cut to that" in capsys.readouterr().err
+    with refused("longer than the context, 8"):
+        ours(tokens)
+    edit(tmp_path / "config.json", use_sliding_window=False)
+    assert hf.load(tmp_path)[0].config.context == 64
 
 
 def cut(share):
@@ -389,8 +404,11 @@ def test_memory(good, tmp_path, monkeypatch):
         assert growth <= 1.15 * sum(weight.nbytes for weight in model.parameters())
         for weight, expected in zip(model.parameters(), saved.parameters(), strict=True):
             assert torch.equal(weight, expected.to(weight.dtype))
+    monkeypatch.setattr(hf, "room", lambda device: 3 * model.n_params())
+    with refused("free: in bfloat16 it fits (dtype='bfloat16', or --dtype bfloat16)"):
+        hf.load(tmp_path / "saved", "float32")
     monkeypatch.setattr(hf, "room", lambda device: 10_000)
-    with refused("GB in float32, and cpu has 0.00 GB free: try bfloat16"):
+    with refused("GB in float32, and cpu has 0.00 GB free: take a larger machine"):
         hf.load(good)
 
 

@@ -122,8 +122,10 @@ class Settings:
 
     def within_window(self, context: int) -> int:
         """The context, cut to the window of attention: up to there both see the same tokens."""
+        if not self.raw.get("use_sliding_window", True):
+            return context
         window = self.get(int, "sliding_window", default=context, high=2**30)
-        if window >= context or not self.raw.get("use_sliding_window", True):
+        if window >= context:
             return context
         note(f"{self.path}: attention looks back {window:,} tokens: the context is cut to that")
         return window

@@ -26,6 +26,7 @@ from lab.scores.evaluation import final_scores, places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, report, runs
 from lab.tools.files import owned_folder, write
+from lab.tools.memory import require_memory
 from lab.tools.settings import (
     TrainConfig,
     commands_left,
@@ -85,6 +86,9 @@ def train_run(train: TrainConfig, sizes: MoEConfig, single: bool) -> dict | None
         saved = runs.read_settings(Path(train.resume))["train"]
         settings["content"] = saved.get("content", {})
     task = load_task(settings, sizes.context)
+    length = task.batch(0, 1)[0].shape[1]
+    sizes = replace(sizes, vocab_size=task.vocab_size)
+    require_memory(sizes, pick_device(train.device), train.batch, length)
     model, optimizer = start(train, sizes, task)
     folder = folder_of(train, single)
     with owned_folder(folder):

@@ -224,8 +224,8 @@ def test_train(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "race", lambda names, turns: np.ones((turns, 2)))
     monkeypatch.setattr(compare.subprocess, "call", lambda argv, **_: train_toy.main(argv[3:]))
     for animal in ("fox", "dog"):
-        story = f"There were many friends of the {animal}.\n<|endoftext|>\n"
-        (tmp_path / animal).write_text(story * 999)
+        stories = [f"{i} friends of the {animal}.\n<|endoftext|>\n" for i in range(999)]
+        (tmp_path / animal).write_text("".join(stories))
     flags = ["train", "--steps=1", "--seeds=0", "--presets=cartesian", "--results=r"]
     assert compare.main([*flags, "--data-file=fox"]) == 0
     assert compare.main([*flags, "--data-file=fox"]) == 0
@@ -237,5 +237,5 @@ def test_train(tmp_path, monkeypatch):
         compare.main([*flags, "--data-file=dog"])
     with open("r", "a") as file:
         file.write('{"preset": "cartes')
-    with refused("r: line 2 is no run; take it out"):
+    with refused("r: line 2 is not readable JSON"):
         compare.read_runs("r")

@@ -25,6 +25,7 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     "lab/tools": MODELS | {"lab.tools", "lab.composing.presets"},
     "lab/tools/cli.py": set(),
     "lab/tools/files.py": {"checks"},
+    "lab/tools/memory.py": {"checks", "lab.checkpoints.untrusted"},
     "lab/tools/texts.py": {"checks", "lab.tools.cli", "lab.tools.files"},
     "lab/scores": EXPERIMENTS,
     "lab/composing": EXPERIMENTS | {"lab.composing"},

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from checks import torch_defaults, undisturbed
-from lab.composing.presets import build_model
+from lab.composing.presets import build_model, config_class
 from lab.tools.cli import command, nearest, note
 from lab.tools.files import digest, parse_json, read_about, read_tensors, write, write_tensors
+from lab.tools.memory import require_memory
 from moe import Router, named_tensors, require
 
 FILES = ("state.safetensors", "config.json", "log.jsonl", "model.safetensors", "scores.json")
@@ -95,6 +96,7 @@ def load(folder: Path, router: type | None = None):
     if router and train["content"].get("router") not in (None, code_of(router)):
         note(f"the file of {train['router']} has changed since {folder} was trained")
     try:
+        require_memory(config_class(settings["model"])(**settings["model"]))
         model = build_model(settings["model"], router or Router)
     except (ValueError, TypeError) as error:
         path = folder / "config.json"

@@ -268,6 +268,10 @@ def undisturbed():
         yield
 
 
-def progress(steps, what: str):
-    """The steps, with a bar where somebody looks: on a terminal, if there is any."""
-    return tqdm(steps, desc=what, leave=False, disable=None if sys.stderr else True)
+def progress(steps, what: str, **options):
+    """The steps, with a bar where somebody looks: on a terminal, if there is any.
+
+    steps None: only the bar, to be updated. options: those of tqdm, such as total.
+    """
+    hidden = None if sys.stderr else True
+    return tqdm(steps, desc=what, leave=False, disable=hidden, **options)

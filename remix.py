@@ -37,7 +37,7 @@ from pathways.checks import require_config, require_gradient, require_remixable
 from pathways.neighbours import KERNELS, TINY, Neighbours, find_neighbours, kernel
 from pathways.prompts import cross_entropy, padded, trimmed
 from pathways.references import ReferenceSet
-from pathways.tail import Tail, critical_layers, frozen
+from pathways.tail import Prefix, Tail, critical_layers, frozen
 
 
 @dataclass
@@ -237,12 +237,14 @@ def remix(
     allowed=None,
     embeddings=None,
     neighbours: Neighbours | None = None,
+    prefixes: list[Prefix] | None = None,
     **changes,
 ) -> RemixResult:
     """Re-mix the experts for each of n prompts, a tensor (n, T) or lists, and let the model answer.
 
-    changes: to the config, such as k=5, or method=my_surrogate. neighbours: if you have them
-    already. allowed, embeddings: see `find_neighbours`. ValueError for what does not fit together.
+    changes: to the config, such as k=5, or method=my_surrogate. neighbours, and a prefix for each
+    batch: if you have them already. allowed, embeddings: see `find_neighbours`. ValueError for what
+    does not fit together.
     """
     model = unwrapped(model)
     config = replace(config or RemixConfig(), **changes)
@@ -258,9 +260,9 @@ def remix(
             tail, references, tokens, lengths, config, allowed, embeddings
         )
         batches = torch.arange(len(tokens)).split(config.batch)
-        for rows in progress(batches, "re-mixing"):
+        for i, rows in enumerate(progress(batches, "re-mixing")):
             # The model's own pathways and answers.
-            prefix = tail.cut(*trimmed(tokens, lengths, rows))
+            prefix = prefixes[i] if prefixes else tail.cut(*trimmed(tokens, lengths, rows))
             own, logits_before = tail.own(prefix)
             # Another pathway, and the answers along it.
             core = core_experts(own, config.core)

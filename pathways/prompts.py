@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from checks import require, require_in_vocabulary
 
+MOST_TOKENS = 2_048  # of a pass, padding included: what it makes stays small beside the weights
+
 
 def padded(prompts, vocab_size: int):
     """Prompts, a tensor (n, T) or lists -> tokens (n, T), padded on the right, and lengths (n,).
@@ -26,14 +28,26 @@ def padded(prompts, vocab_size: int):
     return tokens, lengths
 
 
-def portions(tokens, lengths, most: int = 8_192):
-    """Prompts (n, T) in portions of at most 8,192 tokens, without padding that none of them needs.
+def portions(tokens, lengths):
+    """Prompts (n, T) in portions that fit into a pass, without padding that none of them needs.
 
     Yields tokens and lengths.
     """
-    size = max(1, most // tokens.shape[1])
+    size = max(1, MOST_TOKENS // tokens.shape[1])
     for start in range(0, len(tokens), size):
         yield trimmed(tokens, lengths, slice(start, start + size))
+
+
+def by_length(lengths):
+    """Portions of prompts that are about as long as each other, the longest first: little padding.
+
+    Yields their places (b,).
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    while len(order) > 0:
+        size = max(1, MOST_TOKENS // int(lengths[order[0]]))
+        yield order[:size]
+        order = order[size:]
 
 
 def trimmed(tokens, lengths, rows):
@@ -46,13 +60,16 @@ def best_token(logits, options=None):
     """logits (n, V) -> the most probable token (n,), of all, or of the options (n, O)."""
     if options is None:
         return logits.argmax(-1)
+    options = options.to(logits.device)
     place = logits.gather(1, options).argmax(1, keepdim=True)  # (n, 1) among the options
     return options.gather(1, place)[:, 0]  # (n, O) -> (n,)
 
 
 def cross_entropy(logits, labels, options=None):
     """Logits (n, V), labels (n,) -> nats (n,), over the vocabulary or over the options (n, O)."""
+    labels = labels.to(logits.device)
     if options is not None:
+        options = options.to(logits.device)
         logits = logits.gather(1, options)  # (n, V) -> (n, O)
         labels = (options == labels[:, None]).int().argmax(1)  # the place among the options
     return F.cross_entropy(logits, labels, reduction="none")

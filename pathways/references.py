@@ -8,20 +8,22 @@ Letters in the shape comments:  m references    T tokens    E experts    R rows 
 """
 
 import inspect
+import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from checks import require, torch_defaults
+from checks import progress, require, torch_defaults
 from lab.tools.files import digest, read_tensors, write_tensors
 from moe import unwrapped
 from pathways.checks import require_labels, require_routers
-from pathways.prompts import best_token, padded, portions
+from pathways.prompts import best_token, by_length, padded, trimmed
 from pathways.tail import Prefix, Tail, frozen
 
+KEEP_SECONDS = 120  # between two copies of what has been read so far
 OURS = ("torch", "moe", "cartesian", "lab")  # modules whose classes follow from a model's config
 
 
@@ -54,9 +56,11 @@ class ReferenceSet:
         corpus=None,
         embeddings=None,
         token="last",
+        keep_in: Path | None = None,
     ) -> "ReferenceSet":
         """Run a model over reference prompts, a tensor (m, T) or lists, with labels (m,).
 
+        keep_in: a file that keeps what has been read so far, so that another call goes on there.
         ValueError: no references, labels outside the vocabulary or the options, a model without
         routers, prompts of several lengths with token "all".
         """
@@ -80,20 +84,14 @@ class ReferenceSet:
 
         # The model's own pathways and answers.
         tail = Tail(model, token=token)
-        pathways, logits = [], []
         with frozen(model):
-            for portion in portions(tokens, lengths):
-                own, answer = tail.own(tail.cut(*portion))
-                pathways.append(own.cpu())
-                logits.append(answer.cpu())
-        pathways = torch.cat(pathways)  # (m, R, E)
+            pathways, answers = read_all(tail, tokens, lengths, options, keep_in)
         pathways = pathways.unflatten(1, (-1, len(tail.routers)))  # (m, 1 or T, routers, E)
-        correct = best_token(torch.cat(logits), options) == labels
         return cls(
             tokens,
             lengths,
             labels,
-            correct,
+            answers == labels,
             pathways,
             fingerprint(model),
             token,
@@ -102,6 +100,14 @@ class ReferenceSet:
             corpus_lengths,
             embeddings,
         )
+
+    def some(self, rows) -> "ReferenceSet":
+        """Some of the references, by their places."""
+        changes = {}
+        for name in ("tokens", "lengths", "labels", "correct", "pathways", "options", "embeddings"):
+            value = getattr(self, name)
+            changes[name] = None if value is None else value[rows]
+        return replace(self, **changes)
 
     def prefixes(self, tail: Tail, max_memory: float = 512.0) -> "Prefixes":
         """The prefixes of these references for a tail, kept up to so many MB for the next call."""
@@ -136,6 +142,57 @@ class ReferenceSet:
             self.model == fingerprint(model),
             f"{name} was made by another model: the weights differ; build it anew",
         )
+
+
+def read_all(tail: Tail, tokens, lengths, options=None, keep_in: Path | None = None):
+    """What a model does with prompts (n, T): its pathways (n, R, E) and answers (n,), on the CPU.
+
+    keep_in: a file that keeps what has been read, every few minutes. With the same model and
+    prompts another call goes on from there.
+    """
+    # What has been read before stands first in the order of reading.
+    about = {}
+    pathways, answers = [], []
+    if keep_in is not None:
+        shape = f"{tail.token} {tuple(tokens.shape)}"
+        values = [tokens, lengths] if options is None else [tokens, lengths, options]
+        about = {"of": digest(fingerprint(tail.model), shape, *values)}
+        if keep_in.exists():
+            pathways, answers = kept_part(keep_in, about)
+    order = list(by_length(lengths))
+    n_done = sum(map(len, answers))
+    done = int(lengths[torch.cat(order)[:n_done]].sum())
+
+    # Read the others, a portion at a time.
+    sizes = {"total": int(lengths.sum()), "initial": done, "unit": "token", "unit_scale": True}
+    saved, first = time.monotonic(), 0
+    with progress(None, "references", **sizes) as bar:
+        for rows in order:
+            first += len(rows)
+            if first <= n_done:
+                continue
+            own, logits = tail.read(*trimmed(tokens, lengths, rows))
+            chosen = best_token(logits, None if options is None else options[rows])
+            pathways.append(own.cpu())
+            answers.append(chosen.cpu())
+            bar.update(int(lengths[rows].sum()))
+            if keep_in is not None and time.monotonic() - saved > KEEP_SECONDS:
+                kept = {"pathways": torch.cat(pathways), "answers": torch.cat(answers)}
+                write_tensors(keep_in, kept, about)
+                saved = time.monotonic()
+
+    # Back to the order in which they were given.
+    back = torch.cat(order).argsort()
+    return torch.cat(pathways)[back], torch.cat(answers)[back]
+
+
+def kept_part(path: Path, about: dict):
+    """The pathways and answers that a file keeps; none where it is damaged, or about others."""
+    try:
+        tensors, of = read_tensors(path)
+    except ValueError:
+        return [], []
+    return ([tensors["pathways"]], [tensors["answers"]]) if of == about else ([], [])
 
 
 class Prefixes:
@@ -179,11 +236,14 @@ class Prefixes:
         """The prefixes of references that are not kept."""
         if not missing:
             return {}
-        prefixes = []
-        for portion in portions(self.tokens[missing], self.lengths[missing]):
-            batch = self.tail.cut(*portion)
-            prefixes += [without_padding(row) for row in zip(*batch, strict=True)]
-        return dict(zip(missing, prefixes, strict=True))
+        missing = torch.tensor(missing)
+        prefixes = {}
+        for rows in by_length(self.lengths[missing]):
+            rows = missing[rows]
+            batch = self.tail.cut(*trimmed(self.tokens, self.lengths, rows))
+            for i, row in zip(rows.tolist(), zip(*batch, strict=True), strict=True):
+                prefixes[i] = without_padding(row)
+        return prefixes
 
     def keep(self, i: int, prefix):
         """Keep a reference's prefix as the newest."""
@@ -208,7 +268,8 @@ def n_bytes(tensors) -> int:
 def fingerprint(model) -> str:
     """What tells a model from all others: a hash of its sizes, its weights, and classes of others.
 
-    It is the same whether the model is compiled, in training, or on another device.
+    It is the same whether the model is compiled, in training, or on another device. All weights are
+    read for it, and again only where they have changed.
     """
     model = unwrapped(model)
     values = [repr(model.config)]
@@ -216,10 +277,28 @@ def fingerprint(model) -> str:
         kind = type(module)
         if kind.__module__.partition(".")[0] not in OURS:
             values.append(f"{kind.__qualname__} {source_of(kind)} ")
+    weights = {}
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
-        name = name.replace("_orig_mod.", "")  # of a compiled model
-        values += [f"{name} {tuple(weight.shape)} {weight.dtype}", weight]
-    return digest(*values)
+        weights[name.replace("_orig_mod.", "")] = weight  # of a compiled model
+
+    # The last fingerprint, with the state that it is of, stands at the model.
+    state = values + [state_of(name, weight) for name, weight in weights.items()]
+    last, mark = vars(model).get("last_fingerprint", (None, None))
+    if state != last:
+        for name, weight in weights.items():
+            values += [f"{name} {tuple(weight.shape)} {weight.dtype}", weight]
+        mark = digest(*values)
+        model.last_fingerprint = (state, mark)
+    return mark
+
+
+def state_of(name: str, weight):
+    """What changes with a weight: where it is, how often it was written to, some of its numbers."""
+    if weight.is_inference():
+        return object()  # its writes are not counted; this is like nothing else
+    flat = weight.detach().flatten()
+    some = flat[:: len(flat) // 16 + 1].tolist()
+    return name, weight.shape, weight.dtype, weight.data_ptr(), weight._version, some
 
 
 def source_of(kind: type) -> str:

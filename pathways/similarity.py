@@ -67,7 +67,7 @@ def hidden(model, layer: int, tokens, lengths):
 
 def own_pathways(tail: Tail, tokens, lengths):
     """The pathways (n, R, E) that the model takes for prompts."""
-    pathways = [tail.own(tail.cut(*portion))[0] for portion in portions(tokens, lengths)]
+    pathways = [tail.read(*portion)[0] for portion in portions(tokens, lengths)]
     return torch.cat(pathways)
 
 

@@ -63,23 +63,23 @@ class Tail:
         tokens, lengths = tokens.to(self.device), lengths.to(self.device)
         place = self.imposed_place(lengths)  # (n,)
 
-        # The tokens before the imposed one go through all layers, and fill a cache.
+        # All tokens go up to the first critical layer.
+        every = torch.arange(tokens.shape[1], device=self.device)  # (T,)
+        x = model.run_blocks(model.embed(tokens), every < lengths[:, None], last=self.first)
+
+        # Those before the imposed one go on, and fill a cache.
         cache = Cache()
         S = int(place.max())
+        past = every[:S] < place[:, None]  # (n, S)
         if S > 0:
-            before = torch.arange(S, device=self.device) < place[:, None]  # (n, S)
-            model.run_blocks(model.embed(tokens[:, :S]), before, cache)
+            model.run_blocks(x[:, :S], past, cache, first=self.first)
 
-        # The tokens from the imposed one on stop below the first critical layer.
+        # The others stop there.
         P = int((lengths - place).max())
-        after = place[:, None] + torch.arange(P, device=self.device)  # (n, P) their places
+        after = place[:, None] + every[:P]  # (n, P) their places
         valid = after < lengths[:, None]
-        after = after.clamp(max=tokens.shape[1] - 1)
-        x = model.embed(tokens.gather(1, after))  # (n, T) -> (n, P) -> (n, P, D)
-        x = model.run_blocks(x, valid, cache, last=self.first, write=False)
-
-        # Of the cache, only the layers above are needed.
-        past = valid[:, :0] if cache.valid is None else cache.valid
+        row = torch.arange(len(x), device=self.device)
+        x = x[row[:, None], after.clamp(max=len(every) - 1)]  # (n, T, D) -> (n, P, D)
         keys = self.stacked(cache.keys, x)
         values = self.stacked(cache.values, x)
         return Prefix(x, valid, keys, values, past)
@@ -151,6 +151,23 @@ class Tail:
         if self.token != "all":
             pathway = pathway[:, :1]
         return pathway.flatten(1, 2), logits  # (n, R, E), (n, V)
+
+    def read(self, tokens, lengths):
+        """The same pathway and logits, `own(cut(tokens, lengths))`, in one pass that keeps nothing.
+
+        Prompts (n, T), of lengths (n,) -> (n, R, E), (n, V).
+        """
+        tokens, lengths = tokens.to(self.device), lengths.to(self.device)
+        every = torch.arange(tokens.shape[1], device=self.device)  # (T,)
+        valid = every < lengths[:, None]
+        routing = []  # of all routers
+        x = self.model.run_blocks(self.model.embed(tokens), valid, routing=routing)
+        row = torch.arange(len(x), device=self.device)
+        probs = torch.stack([routing[router].probs for router in self.routers], 1)  # (n*T, R, E)
+        probs = probs.unflatten(0, valid.shape)  # (n, T, R, E)
+        if self.token != "all":
+            probs = probs[row, self.imposed_place(lengths)][:, None]  # (n, 1, R, E)
+        return probs.flatten(1, 2), self.model.head(x[row, lengths - 1])
 
     def pathways(self, references) -> torch.Tensor:
         """The pathways of m references in the critical layers, (m, R, E)."""

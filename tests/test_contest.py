@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from by_hand import close, decided, full, refused
+from pretended import PretendedDevice, move
 
 import eval as eval_py
 from lab.remixing import cost
-from lab.remixing.arena import Arena, Outcome, own_answers
+from lab.remixing.arena import Arena, Outcome, judged, own_answers
 from lab.remixing.contest import contest, pooled
 from lab.remixing.controls import wrong_labels
 from lab.remixing.corrections import corrections
@@ -240,3 +241,24 @@ def test_commands(train, call, capsys):
     result = json.loads(Path("out/a/remix-test-strict.json").read_text())
     assert list(result["rows"]) == ["base", "NGD", "oracle"]
     assert len(list(Path("out/a").glob("remix-test-strict*.png"))) == 3
+
+
+@pytest.mark.parametrize("name", ["base", *TAUGHT, *full(*OTHERS)])
+def test_another_device(arena, name):
+    """A model on a device of its own is judged as on the CPU; no two devices meet in a row."""
+    arena.options = torch.stack([torch.arange(6), torch.arange(6) + 4], 1)
+    options = torch.stack([arena.references.labels, (arena.references.labels + 1) % 11], 1)
+    arena.references = replace(arena.references, options=options)
+    arena.config = replace(arena.config, loss="options")
+    brief = {"steps": 5, "batch": 8} if name != "base" and METHODS[name].trains_once else {}
+
+    def outcome():
+        method = own_answers if name == "base" else partial(answered, name, **brief)
+        return judged(replace(arena), method)
+
+    expected = outcome()
+    with PretendedDevice():
+        move(arena.model)
+        found = outcome()
+    for ours, theirs in zip(found[:3], expected[:3], strict=True):
+        assert (ours == theirs).all()

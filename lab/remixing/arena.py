@@ -2,6 +2,10 @@
 
 All methods meet here on equal terms: the same prompts, references, neighbours, random numbers.
 
+Where things live: prompts, references, and whatever a method returns are on the CPU. Only what
+happens to a batch, between `Arena.batches` and `joined`, is on the model's device; random numbers
+are drawn on the CPU, and labels go to wherever the logits are.
+
 Letters in the shape comments, beside those of remix.py:  b prompts of a batch    O options
 """
 
@@ -42,6 +46,7 @@ class Arena:
     about: Prompts | None = None  # more about prompts of the skills task
     task: str | None = None  # what methods were tuned to; None: they take their defaults
     seed: int = 0
+    prefixes: dict | None = None  # of the prompts, kept for all methods, by where they are cut
     content: dict = field(default_factory=dict)  # what the task is made of, see Task.content
 
     def __post_init__(self):
@@ -104,20 +109,33 @@ class Arena:
             neighbours = neighbours._replace(pathways=pathways)
         prompts = as_tuples(self.tokens, self.lengths)
         given = {"allowed": self.allowed, "neighbours": neighbours}
+        if self.prefixes is not None and config.batch == self.config.batch:
+            with frozen(self.model), torch.no_grad():
+                given["prefixes"] = list(self.cut(self.tail_of(config)))
         return remix(self.model, prompts, references, config, **given)
+
+    def cut(self, tail: Tail):
+        """What no pathway changes of the prompts, a batch at a time."""
+        keep = self.prefixes is not None and tail.model is self.tail.model
+        kept = self.prefixes.setdefault(tail.first, {}) if keep else {}
+        for i, rows in enumerate(torch.arange(len(self.tokens)).split(self.config.batch)):
+            prefix = kept.get(i) or tail.cut(*trimmed(self.tokens, self.lengths, rows))
+            if keep:
+                kept[i] = prefix
+            yield prefix
 
     def batches(self, tail: Tail):
         """A few prompts at a time: their places (b,), what no pathway changes of them, and the
         model's own pathways (b, R, E) and logits (b, V)."""
-        for rows in torch.arange(len(self.tokens)).split(self.config.batch):
-            prefix = tail.cut(*trimmed(self.tokens, self.lengths, rows))
+        batches = torch.arange(len(self.tokens)).split(self.config.batch)
+        for rows, prefix in zip(batches, self.cut(tail), strict=True):
             pathway, logits = tail.own(prefix)
             yield rows, prefix, pathway, logits
 
 
 def joined(batches) -> RemixResult:
-    """Batches of (pathway before, pathway, logits before, logits) as one result."""
-    columns = [torch.cat(column) for column in zip(*batches, strict=True)]
+    """Batches of (pathway before, pathway, logits before, logits) as one result, on the CPU."""
+    columns = [torch.cat(column).cpu() for column in zip(*batches, strict=True)]
     no_losses = torch.zeros(len(columns[0]), 0)
     return RemixResult(*columns, no_losses, None)
 
@@ -139,12 +157,15 @@ class Outcome(NamedTuple):
     answer: np.ndarray  # (n,) the token that it chose
     right: np.ndarray  # (n,) bool
     changed: np.ndarray  # (n,) bool: some layer chose other experts than before
-    seconds: float  # of processor time for all prompts, the references' prefixes included
+    seconds: float  # of processor time for all prompts, with all that no earlier method has kept
 
 
 def judged(arena: Arena, method: Callable, target=None) -> Outcome:
-    """Let a method (arena) -> RemixResult answer. target (n,): what is right, if not the labels."""
-    arena = arena.cold()
+    """Let a method (arena) -> RemixResult answer. target (n,): what is right, if not the labels.
+
+    It shares no work with others, unless the arena keeps the prompts' prefixes for all."""
+    if arena.prefixes is None:
+        arena = arena.cold()
     start = time.process_time()
     result = method(arena)
     seconds = time.process_time() - start

@@ -131,13 +131,13 @@ def best_route(arena: Arena, noise: float = 1.0, routes: int = 21, **settings):
             # Draw pathways; the first is the model's own.
             moved = noise * torch.randn(routes, *start.shape, generator=generator)
             moved[0] = 0
-            tried = (start.log() + moved).softmax(-1)  # (routes, b, R, E)
+            tried = (start.log() + moved.to(start.device)).softmax(-1)  # (routes, b, R, E)
 
             # Keep the best of them.
             near = arena.neighbours.of(rows, tail.device)
             loss = NeighbourLoss(tail, near, arena.references, config)
             losses = torch.stack([loss(pathway) for pathway in tried])  # (routes, b)
-            pathway = tried[losses.argmin(0), torch.arange(len(rows))]
+            pathway = tried[losses.argmin(0), torch.arange(len(rows), device=start.device)]
             batches.append((start, pathway, before, tail(prefix, pathway)))
     return joined(batches)
 
@@ -149,7 +149,7 @@ def noisy_ensemble(arena: Arena, noise: float = 0.3, routes: int = 21):
     with frozen(arena.model), torch.no_grad():
         for _, prefix, start, before in arena.batches(arena.tail):
             moved = noise * torch.randn(routes, *start.shape, generator=generator)
-            tried = (start.log() + moved).softmax(-1)  # (routes, b, R, E)
+            tried = (start.log() + moved.to(start.device)).softmax(-1)  # (routes, b, R, E)
             probs = [arena.tail(prefix, pathway).softmax(-1) for pathway in tried]
             mean = torch.stack(probs).mean(0)  # (b, V)
             batches.append((start, start, before, mean.log()))

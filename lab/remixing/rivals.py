@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from lab.remixing.arena import Arena, Outcome, own_answers
 from lab.tools import runs
 from moe import Cache, Router, require
-from pathways import Tail, find_neighbours, frozen, padded, portions
+from pathways import Tail, cross_entropy, find_neighbours, frozen, padded, portions
 from pathways.checks import as_tuples
 from pathways.prompts import trimmed
 
@@ -43,7 +42,7 @@ def in_context(arena: Arena, k: int = 3):
     tail = arena.tail
     with frozen(arena.model), torch.no_grad():
         logits = [tail(tail.cut(*portion)) for portion in portions(tokens, lengths)]
-    return own_answers(arena)._replace(logits=torch.cat(logits))
+    return own_answers(arena)._replace(logits=torch.cat(logits).cpu())
 
 
 # -------------------------------------------------- something before each prompt, by descent
@@ -90,8 +89,9 @@ def soft_prompt(model, length: int) -> Front:
     """Embeddings before the prompt (Lester et al., arXiv 2104.08691)."""
 
     def answer(soft, tokens, lengths):
+        tokens, valid = on_device(soft.device, tokens, lengths)
         x = torch.cat([soft, model.embed(tokens)], 1)  # (n, length + T, D)
-        valid = torch.arange(x.shape[1]) < lengths[:, None] + length
+        valid = torch.cat([valid.new_ones(len(soft), length), valid], 1)
         return last_logits(model, model.run_blocks(x, valid), valid)
 
     return Front(neutral(model, length), answer)
@@ -105,9 +105,9 @@ def prefix(model, length: int) -> Front:
         cache = Cache(
             dict(enumerate(keys.unbind(1))),
             dict(enumerate(values.unbind(1))),
-            torch.ones(len(prefix), length, dtype=torch.bool),
+            torch.ones(len(prefix), length, dtype=torch.bool, device=prefix.device),
         )
-        valid = torch.arange(tokens.shape[1]) < lengths[:, None]
+        tokens, valid = on_device(prefix.device, tokens, lengths)
         x = model.run_blocks(model.embed(tokens), valid, cache, write=False)
         return last_logits(model, x, valid)
 
@@ -125,9 +125,15 @@ def neutral(model, length: int):
     return model.embedding.weight.detach().mean(0).expand(1, length, -1)
 
 
+def on_device(device, tokens, lengths):
+    """Prompts (n, T) on a device, and where they have tokens (n, T)."""
+    valid = torch.arange(tokens.shape[1]) < lengths[:, None]
+    return tokens.to(device), valid.to(device)
+
+
 def last_logits(model, x, valid):
     """The logits (n, V) at each prompt's last token, of x (n, T, D)."""
-    return model.head(x[torch.arange(len(x)), valid.sum(1) - 1])
+    return model.head(x[torch.arange(len(x), device=x.device), valid.sum(1) - 1])
 
 
 def for_each(arena: Arena, kind: Callable, length: int = 1, **settings):
@@ -140,19 +146,19 @@ def for_each(arena: Arena, kind: Callable, length: int = 1, **settings):
     logits = []
     with frozen(model), torch.no_grad():
         for rows in torch.arange(len(arena.tokens)).split(config.batch):
-            weight = neighbours.weight[rows]  # (b, k)
+            weight = neighbours.weight[rows].to(start.device)  # (b, k)
             index = neighbours.index[rows].flatten()  # (b*k,)
             labels = references.labels[index]
             solved = trimmed(references.tokens, references.lengths, index)
 
             def loss(fronts, weight=weight, labels=labels, solved=solved):
                 fronts = fronts.repeat_interleave(weight.shape[1], 0)  # (b, ...) -> (b*k, ...)
-                nats = F.cross_entropy(answer(fronts, *solved), labels, reduction="none")
+                nats = cross_entropy(answer(fronts, *solved), labels)
                 return (weight * nats.view(weight.shape)).sum(1)  # (b,)
 
             fronts = descend(loss, start.expand(len(rows), *start.shape[1:]), config)
             logits.append(answer(fronts, *trimmed(arena.tokens, arena.lengths, rows)))
-    return own_answers(arena)._replace(logits=torch.cat(logits))
+    return own_answers(arena)._replace(logits=torch.cat(logits).cpu())
 
 
 def for_all(arena: Arena, kind: Callable, length: int = 1, lr=1e-2, steps=100, batch=64):
@@ -170,14 +176,14 @@ def for_all(arena: Arena, kind: Callable, length: int = 1, lr=1e-2, steps=100, b
     def loss(pick):
         rows = usable[pick]
         solved = trimmed(references.tokens, references.lengths, rows)
-        return F.cross_entropy(answers(*solved), references.labels[rows])
+        return cross_entropy(answers(*solved), references.labels[rows]).mean()
 
     with frozen(arena.model):
         train([front], loss, len(usable), arena.random(), lr, steps, batch)
         with torch.no_grad():
             asked = portions(arena.tokens, arena.lengths)
             logits = [answers(*portion) for portion in asked]
-    return own_answers(arena)._replace(logits=torch.cat(logits))
+    return own_answers(arena)._replace(logits=torch.cat(logits).cpu())
 
 
 def train(weights, loss: Callable, m: int, generator, lr: float, steps: int, batch: int):
@@ -234,13 +240,14 @@ def tuned_model(arena: Arena, only_routers, lr=1e-3, steps=100, batch=64, pull=0
         rows = usable[pick]
         prompts = trimmed(references.tokens, references.lengths, rows)
         pathway, logits = tail.own(tail.cut(*prompts))
-        nats = F.cross_entropy(logits, references.labels[rows])
+        nats = cross_entropy(logits, references.labels[rows]).mean()
         if not pull:
             return nats
-        pathways = references.pathways[near.index[pick]]  # (b, k, 1, R, E)
+        pathways = references.pathways[near.index[pick]].to(pathway.device)  # (b, k, 1, R, E)
         difference = pathway[:, None] - pathways.flatten(2, 3)  # (b, k, R, E)
         distance = difference.square().sum((2, 3))  # (b, k)
-        return nats + pull * (near.weight[pick] * distance).sum(1).mean()
+        weight = near.weight[pick].to(pathway.device)
+        return nats + pull * (weight * distance).sum(1).mean()
 
     train(weights, loss, len(usable), arena.random(), lr, steps, batch)
     return model

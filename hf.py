@@ -8,6 +8,7 @@ settings; this page has a table for the names, reads config.json, and then loads
 files may be broken or hostile: `lab/checkpoints/untrusted.py` reads them.
 """
 
+import copy
 import json
 import re
 import sys
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from checks import torch_defaults
+from checks import progress, torch_defaults
 from lab.checkpoints.untrusted import (
     DTYPES,
     Settings,
@@ -281,27 +282,51 @@ def load(source, dtype=None, device="cpu", cache=None, offline=False):
     stored). The files are only mapped: memory is taken for the model and some MB.
     ValueError or OSError, in one line, for what cannot be loaded.
     """
-    # What will it be, and does it fit? So far no numbers are read.
+    sketch = outline(source, dtype, cache, offline)
+    return fill(sketch, device, 0, cache, offline), sketch.tokenizer
+
+
+class Outline(NamedTuple):
+    """What a checkpoint will be, before its numbers are read."""
+
+    source: str
+    folder: Path
+    family: str
+    model: MoETransformer  # on the device meta: without numbers
+    dtype: str
+    tokenizer: object | None
+
+
+@torch_defaults()
+def outline(source, dtype=None, cache=None, offline=False) -> Outline:
+    """Look at a checkpoint without its weights; the arguments are those of `load`."""
     folder = fetch(source, ABOUT, cache, offline)
     name, model, dtype = plan(folder, dtype)
     tokenizer = read_tokenizer(folder, model.config.vocab_size)
-    require_room(source, model, dtype, device)
+    return Outline(str(source), folder, name, model, dtype, tokenizer)
+
+
+@torch_defaults()
+def fill(sketch: Outline, device="cpu", spare: int = 0, cache=None, offline=False):
+    """The model of an outline, with its weights, where so many bytes stay spare beside it."""
+    source, folder, name, model, dtype, _ = sketch
+    require_room(source, model, dtype, device, spare)
 
     # Get the weights, of the same commit, and compare them with config.json.
     if not Path(source).is_dir():
-        repo = str(source).split("@")[0]
+        repo = source.split("@")[0]
         files = [*ABOUT, "model*.safetensors"]
         folder = fetch(f"{repo}@{folder.name}", files, cache, offline)
     entries = read_entries(folder)
     require_tensors(pieces(model, name), entries, folder, name)
 
     # Copy them, in the order of the files.
-    model.to_empty(device=device)
+    model = copy.deepcopy(model).to_empty(device=device)
     weights = dict(pieces(model, name))
-    for key, entry in entries.items():
+    for key, entry in progress(entries.items(), "loading", total=len(entries), unit="tensor"):
         if key in weights:
             copy_tensor(weights[key], entry)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def fetch(source, files: list[str], cache=None, offline=False) -> Path:
@@ -331,15 +356,16 @@ def plan(folder: Path, dtype=None):
     return name, model, dtype
 
 
-def require_room(source, model, dtype: str, device):
-    """ValueError where a device has less free memory than a model takes."""
+def require_room(source, model, dtype: str, device, spare: int = 0):
+    """ValueError where a device has less free memory than a model and its work take."""
     need = sum(weight.nbytes for weight in model.parameters())
     free = room(device)
     hint = "take a larger machine"
-    if model.n_params() * 2 <= free:
+    if model.n_params() * 2 + spare <= free:
         hint = "in bfloat16 it fits (dtype='bfloat16', or --dtype bfloat16)"
-    sizes = f"{need / 1e9:,.2f} GB in {dtype}, and {device} has {free / 1e9:,.2f} GB free"
-    require(need <= free, f"{source} takes {sizes}: {hint}")
+    work = f" and {spare / 1e9:,.2f} GB to work with" if spare else ""
+    sizes = f"{need / 1e9:,.2f} GB in {dtype}{work}, and {device} has {free / 1e9:,.2f} GB free"
+    require(need + spare <= free, f"{source} takes {sizes}: {hint}")
 
 
 def save(model, path):

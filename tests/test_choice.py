@@ -2,7 +2,13 @@
 
 import gzip
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +18,13 @@ from by_hand import full, refused
 import hf
 from lab.checkpoints import choice, remixed
 from lab.checkpoints.benchmarks import BENCHMARKS, Item, as_problems, make_prompts, read_items
+from lab.remixing.arena import Arena
+from lab.remixing.contest import compete
 from lab.scores.cloze import answer_questions
+from lab.tools.files import read_about
 from moe import MoEConfig, MoETransformer
-from pathways import ReferenceSet
+from pathways import ReferenceSet, Tail, prompts, references
+from remix import RemixConfig
 
 # ---- rows of benchmarks
 
@@ -305,18 +315,141 @@ def test_remixing_a_checkpoint(folder, tmp_path, capsys, monkeypatch):
     assert report() == first
 
 
+@pytest.fixture
+def remixed_flags(folder, tmp_path, monkeypatch):
+    """Flags of a comparison of twelve questions, by thirty solved ones, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    solved = [ARC | {"question": f"{i}{'?' * (i % 9)}"} for i in range(30)]
+    flags = ["--model", str(folder), "--task", "arc_easy", "--references", "arc_challenge"]
+    flags += ["--data-file", write(tmp_path / "rows", rows(12)), "--steps", "2"]
+    return [*flags, "--reference-files", write(tmp_path / "solved", solved)]
+
+
+def test_references_are_known_by_content(folder, remixed_flags, tmp_path, monkeypatch):
+    """Other questions that are asked need no other references; another model or dtype does."""
+
+    def reference_files():
+        return set(Path("out/choice").glob("*-references-*.safetensors"))
+
+    choice.main(remixed_flags)
+    first = reference_files()
+    with monkeypatch.context() as patch:
+        patch.setattr(ReferenceSet, "build", None)
+        choice.main([*remixed_flags, "--limit", "3", "--task", "arc_challenge"])
+    choice.main([*remixed_flags, "--dtype", "bfloat16"])
+    shutil.copytree(folder, tmp_path / "checkpoint")
+    model, _ = hf.load(folder)
+    with torch.no_grad():
+        model.norm.weight[0] += 1
+    hf.save(model, tmp_path / "saved")
+    shutil.copy(tmp_path / "saved/model.safetensors", tmp_path / "checkpoint")
+    choice.main([*remixed_flags, "--model", str(tmp_path / "checkpoint")])
+    assert len(reference_files()) == 3
+    assert first < reference_files()
+
+
+KILLED = """
+import os, signal, sys
+from lab.checkpoints import choice
+from pathways import Tail, prompts, references
+
+references.KEEP_SECONDS, prompts.MOST_TOKENS = 0, 150
+read, calls = Tail.read, []
+
+def counted(*arguments):
+    calls.append(0)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(*arguments)
+
+Tail.read = counted
+choice.main(sys.argv[1:])
+"""
+
+
+def test_references_after_a_kill(remixed_flags, monkeypatch):
+    """A build that is killed half way goes on where it was, and ends in the same set."""
+    monkeypatch.setattr(prompts, "MOST_TOKENS", 150)
+    calls, read = [], Tail.read
+    monkeypatch.setattr(Tail, "read", lambda *given: calls.append(0) or read(*given))
+    choice.main(remixed_flags)
+    n_calls = len(calls)
+    (path,) = Path("out/choice").glob("*-references-*.safetensors")
+    expected = read_about(path)  # with the checksum of all tensors
+    shutil.rmtree("out")
+
+    program = [sys.executable, "-c", KILLED, *remixed_flags, "--threads", "1"]
+    environment = os.environ | {"PYTHONPATH": str(Path(choice.__file__).parents[2])}
+    assert subprocess.run(program, env=environment, check=False).returncode == -signal.SIGKILL
+    assert not path.exists()
+    assert path.with_suffix(".part").exists()
+    calls.clear()
+    choice.main(remixed_flags)
+    assert len(calls) == n_calls - 3
+    assert read_about(path) == expected
+    assert not path.with_suffix(".part").exists()
+
+
+def test_nothing_is_read_twice(remixed_flags, capsys, monkeypatch):
+    """Base and all methods share what they read of prompts and neighbours; answers are the same."""
+    read, hashed = [], []
+    cut, digest = Tail.cut, references.digest
+
+    def counted_cut(tail, tokens, lengths):
+        for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True):
+            read.append(tuple(row[:length]))
+        return cut(tail, tokens, lengths)
+
+    def counted_digest(*values):
+        hashed.append(sum(torch.is_tensor(value) for value in values) > 5)
+        return digest(*values)
+
+    monkeypatch.setattr(Tail, "cut", counted_cut)
+    monkeypatch.setattr(references, "digest", counted_digest)
+    monkeypatch.setattr(remixed, "BLOCK", 5)
+    methods = ["--method", "ngd,kernel_regression,oracle"]
+    choice.main([*remixed_flags, *methods])
+    assert len(read) == len(set(read)) >= 12
+    assert sum(hashed) == 1  # all weights, for the fingerprint
+
+
+@pytest.mark.parametrize("method", ["ngd", "kernel_regression", "oracle"])
+def test_shared_work_changes_nothing(method, folder):
+    """With prefixes of prompts kept for all methods, each answers as it does by itself."""
+    model, tokenizer = hf.load(folder)
+    items = [BENCHMARKS["arc_easy"].read(row) for row in rows(9)]
+    asked = [make_prompts(item, tokenizer, "letters")[0] for item in items]
+    tokens, lengths, labels, options, *_ = as_problems(asked, items, model.config.vocab_size)
+    solved = [tokens[i, : lengths[i]].flip(0) for i in range(9)]
+    known = ReferenceSet.build(model, solved, labels, options)
+    known.correct[:] = True
+    arena = Arena(model, tokens, labels, known, RemixConfig(batch=4), lengths, options)
+    alone = compete(arena, [remixed.SURROGATES[method]])
+    together = compete(replace(arena, prefixes={}), [remixed.SURROGATES[method]])
+    for name, outcome in alone.items():
+        for ours, theirs in zip(together[name][:3], outcome[:3], strict=True):
+            assert (ours == theirs).all()
+
+
+RIGHT = "--data-file rows --references arc_easy --reference-files others"
 MISTAKES = {  # the flags behind --model, and what is said of them
     "--references sciq --form full": "C3PO re-mixes the token before a letter",
     "--references squiq": "unknown benchmark 'squiq'; did you mean sciq",
     "--references sciq --method ngdd": "unknown method 'ngdd'; did you mean ngd",
     "--references sciq --reference-files a,b": "one for each benchmark",
-    "--shots -1": "--shots must be at least 0",
+    "--shots -1": "shots is -1; it must be at least 0",
+    "--threads 0": "threads is 0; it must be at least 1",
     "--data-file nowhere": "no such file: nowhere; expected rows of arc_challenge",
     "--data-file noise": "is no readable ",
     "--data-file rows --shots 3 --shots-file rows": "--shots 3, but rows has only 0 other examples",
     "--data-file rows --out noise": "cannot be continued",
     "--data-file rows --out other": "it is about another model, prompts, task",
     "--data-file rows --references arc_easy --reference-files rows": "no references are left",
+    "--data-file rows --references sciq --reference-files nowhere": "no such file: nowhere",
+    f"{RIGHT} --layers last:9": "unknown critical layers 'last:9'",
+    f"{RIGHT} --core 9": "core is 9, but there are 4 experts",
+    f"{RIGHT} --k 3": "k is 3, but there are 2 references",
+    f"{RIGHT} --k 1": "GB to work with, and cpu has 0.00 GB free: take a larger machine",
 }
 
 
@@ -326,8 +459,12 @@ def test_mistakes(flags, folder, tmp_path, monkeypatch):
     """A mistake is told in one line, and changes no file."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows", rows(2))
+    write(tmp_path / "others", rows(4)[2:])
     Path("noise").write_text("[")
     Path("other").write_text("{}\n")
+    if "--out" not in flags:
+        monkeypatch.setattr(hf, "read_entries", None)  # it is told before the weights are read
+        monkeypatch.setattr(hf, "room", lambda device: 10_000)
     with refused(MISTAKES[flags]):
         choice.main(["--model", str(folder), *flags.split()])
     assert Path("noise").read_text() == "["

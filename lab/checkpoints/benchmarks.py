@@ -172,13 +172,13 @@ def read_row(row, name: str, place: str) -> Item:
     return item
 
 
-def without_asked(items: list[Item], asked: list[Item], what: str) -> list[Item]:
-    """Items that are not among those asked: their answers would be known. It is told of others."""
+def not_asked(items: list[Item], asked: list[Item], what: str) -> list[int]:
+    """The places of items that are not asked: answers would be known. It is told of the others."""
     known = {same_words(item) for item in asked}
-    others = [item for item in items if same_words(item) not in known]
-    if len(others) < len(items):
-        note(f"{len(items) - len(others)} of {len(items)} {what} are asked, too: left out")
-    return others
+    places = [i for i, item in enumerate(items) if same_words(item) not in known]
+    if len(places) < len(items):
+        note(f"{len(items) - len(places)} of {len(items)} {what} are asked, too: left out")
+    return places
 
 
 def same_words(item: Item) -> tuple:

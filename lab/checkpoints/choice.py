@@ -22,19 +22,19 @@ from lab.checkpoints.benchmarks import (
     Item,
     Prompt,
     make_prompts,
+    not_asked,
     read_items,
     text_pairs,
-    without_asked,
 )
-from lab.checkpoints.remixed import SURROGATES, remix_benchmark
+from lab.checkpoints.remixed import SURROGATES, pass_memory, plan_comparison, remix_benchmark
 from lab.tools import cli
+from lab.tools.cli import note
 from lab.tools.files import digest, owned
 from lab.tools.statistics import share_interval
 from moe import require
 from pathways import fingerprint, one_of, padded
+from pathways.prompts import MOST_TOKENS
 from remix import RemixConfig
-
-MOST_TOKENS = 8_192  # of one forward pass, padding included
 
 
 @dataclass
@@ -46,11 +46,11 @@ class ChoiceConfig:
     data_file: Annotated[str | None, "its rows, .jsonl or .parquet (none: download)"] = None
     form: Annotated[Literal["letters", "full"], "what of a choice is scored"] = "letters"
     shots: Annotated[int, "solved examples in front of every question"] = 0
-    shots_file: Annotated[str | None, "their rows (none: download the train split)"] = None
+    shots_file: Annotated[str | None, "their rows (none: download a split that has them)"] = None
     limit: Annotated[int | None, "take only so many questions (none: all)"] = None
     dtype: Annotated[Literal["stored", "float32", "bfloat16"], "the model's numbers"] = "stored"
     device: Annotated[Literal["cpu", "cuda", "mps"], "where to compute"] = "cpu"
-    threads: Annotated[int, "CPU threads"] = 1
+    threads: Annotated[int | None, "CPU threads (none: all physical cores)"] = None
     references: Annotated[str | None, "re-mix, by these benchmarks, such as openbookqa,sciq"] = None
     reference_files: Annotated[str | None, "their rows, a file for each (none: download)"] = None
     reference_limit: Annotated[int | None, "take only so many of each (none: all)"] = None
@@ -62,8 +62,10 @@ class ChoiceConfig:
             self.model is not None,
             "--model is missing: the folder of a checkpoint, or owner/name on the hub",
         )
-        counts = self.shots >= 0 and self.threads > 0 and (self.limit is None or self.limit > 0)
-        require(counts, "--shots must be at least 0, --threads and --limit at least 1")
+        require(self.shots >= 0, f"shots is {self.shots}; it must be at least 0")
+        for name in ("threads", "limit", "reference_limit"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
         require(
             self.form == "letters" or not self.references,
             "C3PO re-mixes the token before a letter; a later token of the text looks back at the "
@@ -100,29 +102,40 @@ def main(argv) -> int:
     changes = {name: flags[name] for name in vars(RemixConfig()) if name in flags}
     changes.pop("method", None)
     cli.fill(RemixConfig, changes)
-    torch.set_num_threads(config.threads)
 
-    # Read the questions, and the solved examples in front of them.
+    # Read all questions first: what is wrong with a file is told before the weights are read.
     items = read_items(config.task, config.data_file)[: config.limit]
-    shots = []
-    if config.shots:
-        shots = read_items(config.task, config.shots_file, solved=True)
-        shots = without_asked(shots, items, "examples")[: config.shots]
-        source = config.shots_file or config.task
-        problem = f"--shots {config.shots}, but {source} has only {len(shots)} other examples"
-        require(len(shots) == config.shots, problem)
+    shots = read_shots(config, items)
+    solved = []
+    for name, file in config.reference_sources():
+        solved += read_items(name, file, solved=True)[: config.reference_limit]
 
-    # Open the checkpoint.
+    # Look at the checkpoint, and check all that does not need its weights.
     dtype = None if config.dtype == "stored" else config.dtype
-    model, tokenizer = hf.load(config.model, dtype, config.device)
+    outline = hf.outline(config.model, dtype)
+    tokenizer, context = outline.tokenizer, outline.model.config.context
     problem = f"{config.model} has no tokenizer.json, so that it cannot read words"
     require(tokenizer is not None, problem)
+    prompts = [make_prompts(item, tokenizer, config.form, shots, context) for item in items]
+    longest = max(len(prompt.tokens) for group in prompts for prompt in group)
+    spare = pass_memory(outline, longest)
+    plan = None
     if config.references:
-        return remix_benchmark(model, tokenizer, items, shots, config, changes)
+        asked = [prompt for (prompt,) in prompts]
+        plan = plan_comparison(outline, asked, items, solved, shots, changes)
+        spare += plan.memory
+
+    # Read the weights.
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    n_params, threads = outline.model.n_params(), torch.get_num_threads()
+    where = f"{outline.dtype} on {config.device}, {threads} CPU threads"
+    note(f"{config.model}: {n_params:,} parameters in {where}; {spare / 1e9:.1f} GB to work with")
+    model = hf.fill(outline, config.device, spare)
+    if plan is not None:
+        return remix_benchmark(model, plan, config)
 
     # Score. What the answers are answers to is known by its content.
-    context = model.config.context
-    prompts = [make_prompts(item, tokenizer, config.form, shots, context) for item in items]
     about = {"model": fingerprint(model), "task": config.task}
     about["prompts"] = digest(repr((prompts, [item.answer for item in items])))[:16]
     name = f"{Path(config.model).name}-{config.task}-{config.form}-{config.shots}"
@@ -133,6 +146,18 @@ def main(argv) -> int:
     print(report(items, nats, config.form, title))
     print(f"\nwrote {path}")
     return 0
+
+
+def read_shots(config: ChoiceConfig, items: list[Item]) -> list[Item]:
+    """The solved examples in front of every question; none of them is asked."""
+    if not config.shots:
+        return []
+    examples = read_items(config.task, config.shots_file, solved=True)
+    places = not_asked(examples, items, "examples")[: config.shots]
+    source = config.shots_file or config.task
+    problem = f"--shots {config.shots}, but {source} has only {len(places)} other examples"
+    require(len(places) == config.shots, problem)
+    return [examples[i] for i in places]
 
 
 @torch.no_grad()

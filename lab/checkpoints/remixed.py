@@ -1,32 +1,28 @@
 """C3PO on a benchmark: the table of `eval.py remix`, on the prompts that are scored without it.
 
-The references are solved questions of other benchmarks. They are built once and kept. Every block
-of questions is kept as well, so that a rerun continues.
+The references are solved questions of other benchmarks. They are built once and kept, by what they
+are: these questions, this model. Every block of questions is kept as well, so that a rerun
+continues. Questions of alike lengths stand in one block, as padding costs what a token costs.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from checks import require
+from checks import progress, require
+from data import Problems
 from lab.checkpoints.answers import Answers
-from lab.checkpoints.benchmarks import (
-    Item,
-    Prompt,
-    as_problems,
-    make_prompts,
-    read_items,
-    without_asked,
-)
-from lab.remixing.arena import Arena, Outcome
+from lab.checkpoints.benchmarks import Item, Prompt, as_problems, make_prompts, not_asked
+from lab.remixing.arena import Arena, Outcome, selected
 from lab.remixing.contest import compete, pooled
 from lab.remixing.tables import LEGEND, main_table
 from lab.tools.cli import note
 from lab.tools.files import digest, owned
-from pathways import ReferenceSet, fingerprint
-from pathways.checks import as_tuples
+from pathways import ReferenceSet, critical_layers, fingerprint
+from pathways.checks import as_tuples, require_gradient
+from pathways.prompts import MOST_TOKENS
 from remix import RemixConfig
 
 BLOCK = 64  # questions that are re-mixed between two lines of the file of answers
@@ -36,70 +32,152 @@ SURROGATES = {  # as --method names them -> as the table does
     "ngd": "NGD",
     "oracle": "oracle",
 }
+SHARED = """\
+Prompts and neighbours are read once for all rows: ms is what a row adds to those above it."""
 
 
-def remix_benchmark(model, tokenizer, items: list[Item], shots, choice, changes: dict) -> int:
-    """Re-mix a checkpoint for every question, print the table -> the exit code.
+# ------------------------------------------------------------------ what is known without weights
 
-    shots: solved examples in front of each. choice: a ChoiceConfig. changes: fields of RemixConfig.
+
+class Comparison(NamedTuple):
+    """What is asked, what helps, and with which settings."""
+
+    asked: Problems  # n questions, the longest first
+    solved: Problems  # m references
+    helpful: torch.Tensor  # (m', ) the places of those that are not asked
+    settings: dict  # fields of RemixConfig that are not its defaults
+    config: RemixConfig
+    memory: int  # bytes that re-mixing takes beside what scoring takes
+
+
+def plan_comparison(outline, prompts: list[Prompt], items: list[Item], solved, shots, changes):
+    """Check what can be checked before the weights are read -> a Comparison.
+
+    outline: of hf.outline. prompts: of the items that are asked. solved: the items that help; shots
+    stand in front of each. changes: fields of RemixConfig.
     """
+    model, vocab_size = outline.model, outline.model.config.vocab_size
+    order = sorted(range(len(items)), key=lambda i: -len(prompts[i].tokens))
+    asked = as_problems([prompts[i] for i in order], [items[i] for i in order], vocab_size)
+    helpful = not_asked(solved, [*items, *shots], "references")
+    require(helpful, "no references are left to re-mix by")
+    examples = []
+    for item in solved:
+        context = model.config.context
+        examples += make_prompts(item, outline.tokenizer, "letters", shots, context)
 
-    def prompts_of(questions: list[Item]) -> list[Prompt]:
-        context, prompts = model.config.context, []
-        for item in questions:
-            prompts += make_prompts(item, tokenizer, "letters", shots, context)
-        return prompts
-
-    # What is asked, what helps, and with which settings.
-    solved_items = []
-    for name, file in choice.reference_sources():
-        solved_items += read_items(name, file, solved=True)[: choice.reference_limit]
-    solved_items = without_asked(solved_items, [*items, *shots], "references")
-    require(solved_items, "no references are left to re-mix by")
-    asked, solved = prompts_of(items), prompts_of(solved_items)
+    # The settings, and whether they fit the model.
     settings = paper_settings(model) | changes
     config = RemixConfig(**settings)
+    layers = critical_layers(model, config.layers)
+    n_experts = model.config.n_experts
+    require(
+        (config.core or 0) <= n_experts,
+        f"core is {config.core}, but there are {n_experts} experts",
+    )
+    require(config.k <= len(helpful), f"k is {config.k}, but there are {len(helpful)} references")
+    solved = as_problems(examples, solved, vocab_size)
+    memory = remix_memory(outline, config, min(layers), asked, solved)
+    return Comparison(asked, solved, torch.tensor(helpful), settings, config, memory)
 
-    # What the answers are answers to is known by its content.
+
+def pass_memory(outline, longest: int) -> int:
+    """Bytes that a pass takes above the weights, at most. longest: tokens of a prompt."""
+    c = outline.model.config
+    itemsize = getattr(torch, outline.dtype).itemsize
+    experts = c.top_k * (2 * c.d_model + 4 * c.d_expert)  # numbers for a token
+    dense = 4 * max(c.d_shared, c.d_dense if c.dense_layers else 0)
+    attention = 4 * (c.n_heads + c.n_kv_heads) * c.head_dim
+    numbers = max(experts + dense, attention) + 6 * c.d_model
+    logits = 256 * c.vocab_size * (2 * 4 + itemsize)
+    return max(MOST_TOKENS, longest) * numbers * itemsize + logits
+
+
+def remix_memory(outline, config: RemixConfig, first: int, asked, solved) -> int:
+    """Bytes that re-mixing takes beside a pass, at most: prefixes, pathways, tf-idf.
+
+    first: the first critical layer.
+    """
+    c = outline.model.config
+    itemsize = getattr(torch, outline.dtype).itemsize
+    # Keys and values of a token in the layers from the first critical one up.
+    token = 2 * (c.n_layers - first) * c.n_kv_heads * c.head_dim * itemsize
+    prompts = BLOCK * int(asked.lengths.max()) * token
+    neighbours = config.batch * config.k * int(solved.lengths.max()) * token
+    rows = len(outline.model.routers()) * c.n_experts * 4
+    return int(
+        prompts
+        + 1e6 * config.max_memory
+        + 3 * neighbours  # padded, beside the new token, for the gradient
+        + 3 * len(solved.labels) * rows
+        + 2**28  # tf-idf
+    )
+
+
+# ------------------------------------------------------------------------------------- with them
+
+
+def remix_benchmark(model, plan: Comparison, choice) -> int:
+    """Re-mix a checkpoint for every question, print the table -> the exit code.
+
+    choice: a ChoiceConfig.
+    """
+    if "ngd" in choice.methods():
+        require_gradient(model)
+    asked, solved, mark = plan.asked, plan.solved, fingerprint(model)
+    n = len(asked.labels)
+
+    # References are known by the model, the token, and the solved questions.
+    stem = f"out/choice/{Path(choice.model).name}"
+    name = digest(mark, "last", problems_digest(solved))[:16]
+    reference_path = Path(f"{stem}-references-{name}.safetensors")
+    references = kept_references(reference_path, model, solved).some(plan.helpful)
+
+    # What the answers are answers to is known by its content, too.
     about = {
-        "model": fingerprint(model),
+        "model": mark,
         "task": choice.task,
         "references": choice.references,
-        "settings": settings,
-        "prompts": digest(repr((asked, solved, [item.answer for item in items + solved_items]))),
+        "settings": plan.settings,
+        "prompts": problems_digest(asked) + problems_digest(solved),
         "methods": choice.method,
         "block": BLOCK,
     }
-    stem = f"out/choice/{Path(choice.model).name}-{choice.task}"
-    path = Path(choice.out or f"{stem}-remixed-{digest(repr(about))[:8]}.jsonl")
-    name = digest(about["model"], repr((solved, [item.answer for item in solved_items])))[:8]
-    reference_path = Path(f"{stem}-references-{name}.safetensors")
-    references = kept_references(reference_path, model, solved, solved_items)
+    path = Path(choice.out or f"{stem}-{choice.task}-remixed-{digest(repr(about))[:8]}.jsonl")
 
     # Let the methods compete, block by block. A rerun continues.
     methods = [SURROGATES[name] for name in choice.methods()]
-    starts = range(0, len(items), BLOCK)
-    bar = {"unit_scale": BLOCK, "unit": "question", "desc": "re-mixing", "disable": None}
+    blocks = dict(enumerate(torch.arange(n).split(BLOCK)))
     with owned(path) as file:
         answers = Answers(file, about)
-        for start in tqdm(starts, **bar):
-            if start not in answers.kept:
-                block = slice(start, start + BLOCK)
-                tokens, lengths, labels, options, *_ = as_problems(
-                    asked[block], items[block], model.config.vocab_size
-                )
-                arena = Arena(model, tokens, labels, references, config, lengths, options)
-                answers.add({start: as_lists(compete(arena, methods))})
-    outcomes = joined([answers.kept[start] for start in starts])
+        done = sum(len(blocks[i]) for i in answers.kept)
+        bar = progress(None, "re-mixing", total=n, initial=done, unit="question")
+        for i in sorted(blocks.keys() - answers.kept.keys()):
+            block = selected(asked, blocks[i])
+            tokens, lengths, labels, options, *_ = block
+            arena = Arena(
+                model, tokens, labels, references, plan.config, lengths, options, prefixes={}
+            )
+            answers.add({i: as_lists(compete(arena, methods))})
+            bar.update(len(blocks[i]))
+        bar.close()
+    outcomes = joined([answers.kept[i] for i in blocks])
 
     # Report.
     n_right = int(references.correct.sum())
-    help_text = f"{len(solved):,} references, {n_right:,} answered right"
-    rows = pooled([outcomes], [np.arange(len(items))])
-    print(f"{choice.task}, {len(items)} questions; {help_text}; {settings}\n")
-    print(main_table(rows, {}), LEGEND, sep="\n\n", end="\n\n")
+    help_text = f"{len(references.labels):,} references, {n_right:,} answered right"
+    rows = pooled([outcomes], [np.arange(n)])
+    print(f"{choice.task}, {n} questions; {help_text}; {plan.settings}\n")
+    print(main_table(rows, {}), LEGEND, SHARED, sep="\n\n", end="\n\n")
     print(f"wrote {path} and {reference_path}")
     return 0
+
+
+def problems_digest(problems: Problems) -> str:
+    """What tells prompts, options and answers from all others."""
+    tensors = [problems.tokens, problems.lengths, problems.labels, problems.options]
+    shapes = str([tuple(tensor.shape) for tensor in tensors])
+    return digest(shapes, *tensors)
 
 
 def paper_settings(model) -> dict:
@@ -112,9 +190,11 @@ def paper_settings(model) -> dict:
     return settings
 
 
-def kept_references(path: Path, model, prompts: list[Prompt], items: list[Item]) -> ReferenceSet:
-    """The references of this file, or, where it has not just these, new ones, written to it."""
-    solved = as_problems(prompts, items, model.config.vocab_size)
+def kept_references(path: Path, model, solved: Problems) -> ReferenceSet:
+    """The references of this file, or, where it has not just these, new ones, written to it.
+
+    While they are built, a file beside it keeps what there is.
+    """
     if path.exists():
         try:
             references = ReferenceSet.load(path, model)
@@ -125,8 +205,11 @@ def kept_references(path: Path, model, prompts: list[Prompt], items: list[Item])
         except ValueError as error:
             note(f"{error}; its references are made anew")
     rows = as_tuples(solved.tokens, solved.lengths)
-    references = ReferenceSet.build(model, rows, solved.labels, solved.options)
-    references.save(path)
+    with owned(path.with_suffix(".lock")):
+        part = path.with_suffix(".part")
+        references = ReferenceSet.build(model, rows, solved.labels, solved.options, keep_in=part)
+        references.save(path)
+        part.unlink(missing_ok=True)
     return references
 
 

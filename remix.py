@@ -13,7 +13,8 @@ This file is the algorithm, from top to bottom:
     1. what may change      core_experts: which entries of a pathway
     2. what is minimised    NeighbourLoss: how badly a prompt's neighbours are answered along w
     3. three surrogates     ngd, kernel_regression, mode_finding; or a function of your own
-    4. remix                all of it together
+    4. corrections          a fourth, not of the paper: no gradient for a prompt
+    5. remix                all of it together
 
 It stands on pathways/: `Tail` runs a model along a pathway, one token at a time; `critical_layers`
 says which rows may change; `ReferenceSet` keeps labelled prompts and their pathways;
@@ -152,7 +153,7 @@ def ngd(core: Core, loss, near: Neighbours, config: RemixConfig):
     It moves logits z, with w = softmax(z), so that every row stays a distribution. The best pathway
     on the way is returned (the paper: the last one).
     """
-    z = core.start.clamp(min=TINY).log().requires_grad_()
+    z = log(core.start).requires_grad_()
     best, value = core.start, loss(core.softmax(z))
     least = value.detach()  # (n,)
     for step in range(config.steps):
@@ -214,7 +215,66 @@ def mode_finding(core: Core, loss, near: Neighbours, config: RemixConfig):
 SURROGATES = {f.__name__: f for f in (ngd, kernel_regression, mode_finding)}
 
 
-# ---------------------------------------------------------------------------------------- 4. remix
+# ---------------------------------------------------------------------------------- 4. corrections
+
+
+def corrections(
+    model,
+    references: ReferenceSet,
+    config: RemixConfig | None = None,
+    scale: float = 1.0,
+):
+    """Our own surrogate: what NGD changes on references is carried over to the prompts like them.
+
+        method = corrections(model, references)    # once; takes a while
+        result = remix(model, prompts, references, method=method)
+
+    Every reference is mended: NGD leads its own pathway towards its own label. In logits, a prompt
+    takes over the kernel mean of what was changed on its neighbours (compare section 3.2):
+
+        z  <-  z + scale sum_i K(x_i, x) (log mended_i - log own_i) / sum_i K(x_i, x)
+
+    References that the model gets wrong can help as well: set their `correct` to true.
+    The surrogate raises ValueError where it meets other references or layers.
+    """
+    config = config or RemixConfig()
+    own, mended = mend(model, references, config)
+    change = log(mended) - log(own)  # (m, R, E)
+
+    def corrected(core: Core, loss, near: Neighbours, config: RemixConfig):
+        require(
+            torch.equal(near.pathways, own),
+            "these corrections belong to other references or layers; make them anew",
+        )
+        mean = torch.einsum("nk,nkre->nre", near.weight, change[near.index])
+        return core.softmax(log(core.start) + scale * mean)
+
+    return corrected
+
+
+def mend(model, references: ReferenceSet, config: RemixConfig):
+    """NGD on each of m references, towards its own label -> pathways own and mended, (m, R, E)."""
+    require_gradient(model)
+    tail = Tail(model, critical_layers(model, config.layers), references.token)
+    own = tail.pathways(references).to(tail.device)
+    mended = []
+    with frozen(model), torch.no_grad():
+        for rows in torch.arange(len(own)).split(config.batch):
+            # Each is the one neighbour of itself.
+            near = Neighbours(rows[:, None], own.new_ones(len(rows), 1), None, own)
+            loss = NeighbourLoss(tail, near, references, config)
+            core = core_experts(own[rows], config.core)
+            with torch.enable_grad():
+                mended.append(ngd(core, loss, near, config))
+    return own, torch.cat(mended)
+
+
+def log(pathway):
+    """The logits of a pathway."""
+    return pathway.clamp(min=TINY).log()
+
+
+# ---------------------------------------------------------------------------------------- 5. remix
 
 
 class RemixResult(NamedTuple):

@@ -22,7 +22,7 @@ from pathways import (
     padded,
     similarity,
 )
-from remix import RemixConfig, ngd, remix
+from remix import RemixConfig, corrections, mend, ngd, remix
 
 methods = pytest.mark.parametrize("method", ["ngd", "kernel_regression", "mode_finding"])
 
@@ -200,6 +200,56 @@ def test_mode_finding_by_hand(core):
         w = by_hand.mode_finding(own, others, n_core=core or E, **settings)
         close(result.pathway[i], w, 1e-8)
     assert result.losses.shape == (5, 0)
+
+
+@cores
+def test_corrections_by_hand(core):
+    """Each reference is mended through full forwards; a prompt takes over what was changed."""
+    model, asked, references = world()
+    references.correct[:] = True
+    config = RemixConfig(steps=3, lr=0.3, k=2, core=core)
+    method = corrections(model, references, config, scale=1.5)
+    result = remix(model, asked, references, config, method=method)
+    changes = []
+    for i, own in enumerate(references.pathways[:, 0]):
+        itself = prompts_of(references)[i : i + 1], references.labels[i : i + 1], [1]
+
+        def loss(w, itself=itself):
+            return by_hand.neighbour_loss(model, w, *itself)
+
+        changes.append(by_hand.correction(own, loss, steps=3, lr=0.3, n_core=core or E))
+    changes = torch.stack(changes)
+    assert (changes.abs().amax((1, 2)) > 0.01).all()
+    near = result.neighbours
+    for i, own in enumerate(result.pathway_before):
+        theirs = changes[near.index[i]], near.weight[i]
+        w = by_hand.corrected(own, *theirs, scale=1.5, n_core=core or E)
+        close(result.pathway[i], w, 1e-6)  # weights of neighbours have seven decimals
+        close(result.logits[i], answer_along(model, asked[i], w)[0], 1e-5)
+    assert result.losses.shape == (5, 0)
+
+
+def test_corrections_add_logits():
+    """One neighbour gives all of its correction; neither a scale nor steps of 0 change anything."""
+    model, asked, references = world()
+    config = RemixConfig(k=1, layers="last:2")
+    own, mended = mend(model, references, config)
+    still = mend(model, references, replace(config, steps=0))
+    assert torch.equal(still[0], still[1])
+
+    result = remix(model, asked, references, config, method=corrections(model, references, config))
+    near = result.neighbours.index[:, 0]
+    expected = result.pathway_before * mended[near] / own[near]
+    close(result.pathway, expected / expected.sum(2, keepdim=True))
+    none = corrections(model, references, config, scale=0.0)
+    result = remix(model, asked, references, config, method=none)
+    close(result.pathway, result.pathway_before)
+
+    # They are of these references, in these layers.
+    others = replace(references, pathways=references.pathways.flip(0))
+    for changed in ({"references": references, "layers": "first:2"}, {"references": others}):
+        with pytest.raises(ValueError, match="other references or layers"):
+            remix(model, asked, config=config, method=none, **changed)
 
 
 def test_a_surrogate_of_your_own():

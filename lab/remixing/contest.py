@@ -116,19 +116,23 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
                 outcomes = [run[name] for run in runs]
                 result["errors"][name] = mistakes(outcomes, arenas)
     if len(runs) > 2:
-        result["p"] = declared_tests(rows)
+        result["p"], result["ahead"] = declared_tests(rows)
     result["reach"] = reach(arenas[0], given)
     result["example"] = example(arenas[0], given)
     return result
 
 
-def declared_tests(rows: dict[str, dict]) -> dict[str, float]:
-    """The tests named beforehand, two-sided t-tests in pairs over the seeds: rival -> p."""
-    tests = {}
+def declared_tests(rows: dict[str, dict]) -> tuple[dict, dict]:
+    """The tests named beforehand, t-tests in pairs over the seeds: rival -> p (two-sided), and
+    rival -> by how much the method tested against it is ahead."""
+    p, ahead = {}, {}
     for rival, method in TESTS.items():
         if {rival, method} <= rows.keys():
-            tests[rival] = statistics.paired(rows[method]["each"], rows[rival]["each"])
-    return tests
+            ours, theirs = rows[method]["each"], rows[rival]["each"]
+            p[rival] = statistics.paired(ours, theirs)
+            mean, half = statistics.interval(np.subtract(ours, theirs))
+            ahead[rival] = {"gain": mean, "low": mean - half, "high": mean + half}
+    return p, ahead
 
 
 def subsets(arena: Arena) -> dict[str, np.ndarray]:
@@ -157,8 +161,8 @@ def costs(arena: Arena, names, given: dict, n: int) -> tuple[dict, dict]:
         multiples[name] = total / size
         if METHODS[name].trains_once:
             # Half of the prompts cost half as much, but what is paid once.
-            part = counted(partial(answered, name, half.cold(), given)) / forward
-            once[name] = total - size * (total - part) / (size - len(half.labels))
+            few = counted(partial(answered, name, half.cold(), given)) / forward
+            once[name] = total - size * (total - few) / (size - len(half.labels))
             multiples[name] = (total - once[name]) / size + once[name] / n
     return multiples, once
 

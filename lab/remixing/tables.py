@@ -83,15 +83,23 @@ def report(result: dict) -> str:
     if "errors" in result:
         texts.append(mistakes_table(result["errors"]))
     if result.get("once"):
-        texts.append(once_text(result))
-    if result.get("p"):
-        tests = [f"{TESTS[name]} against {name} p = {p:.2g}" for name, p in result["p"].items()]
-        n = len(result["runs"])
-        texts.append(f"paired t-tests over {n} seeds, two-sided: {'; '.join(tests)}")
+        texts.append(once_table(result))
+    if result.get("ahead"):
+        texts.append(tests_table(result))
     return "\n\n".join(texts)
 
 
-def once_text(result: dict) -> str:
+def tests_table(result: dict) -> str:
+    """The tests named beforehand: by how much a method is ahead of a rival, in pairs."""
+    lines = []
+    for rival, row in result["ahead"].items():
+        p = f"{result['p'][rival]:.2g}"
+        lines.append([f"{TESTS[rival]} against {rival}", *with_interval(row), p])
+    n = len(result["runs"])
+    return table(lines, [f"tests in pairs, {n} seeds", "ahead by", "95 % interval", "p"])
+
+
+def once_table(result: dict) -> str:
     """What is paid once, for all prompts, and what each of them costs then."""
     lines = []
     for name, once in result["once"].items():

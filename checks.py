@@ -273,5 +273,6 @@ def progress(steps, what: str, **options):
 
     steps None: only the bar, to be updated. options: those of tqdm, such as total.
     """
-    hidden = None if sys.stderr else True
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, see lab/tools/processes.py
+    hidden = None if sys.stderr and first else True
     return tqdm(steps, desc=what, leave=False, disable=hidden, **options)

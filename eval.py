@@ -38,7 +38,7 @@ from lab.remixing.tables import report, sweep_table
 from lab.scores.cloze import accuracy, answer_questions, most_frequent
 from lab.scores.evaluation import places
 from lab.scores.specialisation import specialisation
-from lab.tools import cli, figures, runs
+from lab.tools import cli, figures, processes, runs
 from lab.tools.files import write
 from lab.tools.report import label
 from lab.tools.statistics import scipy_stats, share_interval
@@ -270,6 +270,7 @@ def remix_command(argv) -> int:
         scipy_stats()  # for the tests at the end: better missed now than then
     router = chosen_router(flags)
     torch.set_num_threads(max(1, flags["threads"]))
+    processes.join()
 
     # Open the runs.
     arenas = []
@@ -287,11 +288,13 @@ def remix_command(argv) -> int:
         title += ", no neighbour shares an operand"
     print(text, end="\n\n")
 
-    # Vary NGD, or let all methods compete.
+    # Vary NGD, or let all methods compete. Of several processes the first one writes.
     out = flags["out"] or folders[0]
     out.mkdir(parents=True, exist_ok=True)
     if flags["ablate"]:
         result = sweeps(arenas)
+        if processes.rank() > 0:
+            return 0
         print(sweep_table(result))
         paths = [out / f"{name}-ablation.png"]
         title = f"NGD with one setting varied at a time ({title})"
@@ -299,6 +302,8 @@ def remix_command(argv) -> int:
         name += "-ablation"
     else:
         result = contest(folders, arenas, methods, settings, beside, title)
+        if processes.rank() > 0:
+            return 0
         print(report(result))
         paths = contest_figures(result, str(out / name))
     print("\nwrote", ", ".join(map(str, paths)))

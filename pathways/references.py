@@ -10,6 +10,7 @@ Letters in the shape comments:  m references    T tokens    E experts    R rows 
 import inspect
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from checks import progress, require, torch_defaults
+from lab.tools import processes
 from lab.tools.files import digest, read_tensors, write_tensors
 from moe import unwrapped
 from pathways.checks import require_labels, require_routers
@@ -164,19 +166,23 @@ def read_all(tail: Tail, tokens, lengths, options=None, keep_in: Path | None = N
     done = int(lengths[torch.cat(order)[:n_done]].sum())
 
     # Read the others, a portion at a time.
+    ends = torch.tensor([len(rows) for rows in order]).cumsum(0)
+    left = [rows for rows, end in zip(order, ends, strict=True) if end > n_done]
     sizes = {"total": int(lengths.sum()), "initial": done, "unit": "token", "unit_scale": True}
-    saved, first = time.monotonic(), 0
+    saved = time.monotonic()
     with progress(None, "references", **sizes) as bar:
-        for rows in order:
-            first += len(rows)
-            if first <= n_done:
-                continue
-            own, logits = tail.read(*trimmed(tokens, lengths, rows))
-            chosen = best_token(logits, None if options is None else options[rows])
-            pathways.append(own.cpu())
-            answers.append(chosen.cpu())
-            bar.update(int(lengths[rows].sum()))
-            if keep_in is not None and time.monotonic() - saved > KEEP_SECONDS:
+        for pieces, rows in processes.rounds(left):
+            found = ([], [])
+            if rows is not None:
+                own, logits = tail.read(*trimmed(tokens, lengths, rows))
+                chosen = best_token(logits, None if options is None else options[rows])
+                found = ([own.cpu()], [chosen.cpu()])
+            for theirs in processes.gathered(found):
+                pathways += theirs[0]
+                answers += theirs[1]
+            bar.update(sum(int(lengths[piece].sum()) for piece in pieces))
+            due = time.monotonic() - saved > KEEP_SECONDS and processes.rank() == 0
+            if keep_in is not None and due:
                 kept = {"pathways": torch.cat(pathways), "answers": torch.cat(answers)}
                 write_tensors(keep_in, kept, about)
                 saved = time.monotonic()
@@ -285,8 +291,10 @@ def fingerprint(model) -> str:
     state = values + [state_of(name, weight) for name, weight in weights.items()]
     last, mark = vars(model).get("last_fingerprint", (None, None))
     if state != last:
-        for name, weight in weights.items():
-            values += [f"{name} {tuple(weight.shape)} {weight.dtype}", weight]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            digests = pool.map(digest, weights.values())
+        for (name, weight), content in zip(weights.items(), digests, strict=True):
+            values.append(f"{name} {tuple(weight.shape)} {weight.dtype} {content} ")
         mark = digest(*values)
         model.last_fingerprint = (state, mark)
     return mark

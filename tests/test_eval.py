@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -203,3 +205,21 @@ def test_commands_that_a_run_cannot_answer(train, call, capsys, complaint, undra
         assert answer in complaint()
     assert call(eval_py, "perplexity out/dense --split test") == 0
     assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_remix_in_two_processes(train, tmp_path, undrawn):
+    """Two processes share the methods: the same table as of one."""
+    train("--out run")
+    command = [str(Path(eval_py.__file__)), "remix", "run", "--most", "25", "--methods"]
+    command += ["NGD,random neighbours,oracle"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    tables = []
+    for options in ([], torchrun):
+        run = [sys.executable, *options, *command]
+        result = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path)
+        report = json.loads((tmp_path / "run/remix-dev.json").read_text())
+        for row in report["rows"].values():
+            row.pop("ms")
+        tables.append((report["rows"], report["costs"], result.stdout[:300]))
+    assert tables[0] == tables[1]

@@ -11,8 +11,9 @@ from by_hand import SigmoidRouter, close, expert, full, refused
 from safetensors.torch import load_file
 
 import hf
+from lab.checkpoints import rehearsal
+from lab.checkpoints.rehearsal import watched
 from lab.checkpoints.untrusted import read_json
-from lab.speed.loading import watched
 from moe import MoEConfig, MoETransformer
 
 
@@ -368,8 +369,8 @@ def test_bad_files(name, good, tmp_path, complaint):
         with refused(message):
             hf.load(folder)
 
-    _, _, growth = watched(load)
-    assert growth < 2**23
+    _, cost = watched(load)
+    assert cost.growth < 2**23
 
 
 @pytest.mark.full
@@ -399,9 +400,9 @@ def test_memory(good, tmp_path, monkeypatch):
     saved = MoETransformer(config).bfloat16()
     hf.save(saved, tmp_path / "saved")
     for dtype in ("bfloat16", "float32", "float16"):
-        (model, _), _, growth = watched(lambda dtype=dtype: hf.load(tmp_path / "saved", dtype))
+        (model, _), cost = watched(lambda dtype=dtype: hf.load(tmp_path / "saved", dtype))
         assert str(model.norm.weight.dtype) == f"torch.{dtype}"
-        assert growth <= 1.15 * sum(weight.nbytes for weight in model.parameters())
+        assert cost.growth <= 1.15 * sum(weight.nbytes for weight in model.parameters())
         for weight, expected in zip(model.parameters(), saved.parameters(), strict=True):
             assert torch.equal(weight, expected.to(weight.dtype))
     monkeypatch.setattr(hf, "room", lambda device: 3 * model.n_params())
@@ -486,3 +487,17 @@ def test_tokenizer(good, tmp_path):
     path.write_text("{}")
     with refused("tokenizer.json is no readable tokenizer"):
         hf.load(folder)
+
+
+@pytest.mark.full
+def test_rehearsal(tmp_path, monkeypatch, capsys):
+    """A random checkpoint of small shapes, a file for each layer, goes through all steps."""
+    pytest.importorskip("tokenizers")
+    small = MoEConfig(9_000, 512, 32, 6, 2, n_experts=24, top_k=4, d_expert=16)
+    monkeypatch.setattr(rehearsal, "OLMOE", small)
+    flags = ["--layers", "6", "--questions", "6", "--references", "30", "--folder", str(tmp_path)]
+    assert rehearsal.main(flags) == 0
+    text = capsys.readouterr().out
+    for step in ("load", "forward", "generate", "choice", "references", "base and NGD", "again"):
+        assert step in text
+    assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) == 7

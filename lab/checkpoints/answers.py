@@ -1,9 +1,24 @@
 """Answers that are kept while a benchmark is scored, so that a rerun continues."""
 
 import json
+from contextlib import contextmanager
+from pathlib import Path
 
 from checks import require
-from lab.tools.files import digest
+from lab.tools import processes
+from lab.tools.files import digest, owned
+
+
+@contextmanager
+def kept_answers(path: Path, about: dict):
+    """The answers in a file, which only the first of several processes owns; all know them."""
+    if processes.rank() > 0:
+        yield Answers(None, about, processes.gathered(None)[0])
+        return
+    with owned(path) as file:
+        answers = Answers(file, about)
+        processes.gathered(answers.kept)
+        yield answers
 
 
 class Answers:
@@ -12,9 +27,14 @@ class Answers:
     Every line ends with a checksum. A last line that was cut off is dropped.
     """
 
-    def __init__(self, file, about: dict):
-        """Begin or continue a file that is `owned`. ValueError for one about something else."""
-        self.file = file
+    def __init__(self, file, about: dict, kept: dict | None = None):
+        """Begin or continue a file that is `owned`. ValueError for one about something else.
+
+        file None: another process writes it, and these are `kept` in it.
+        """
+        self.file, self.kept = file, kept
+        if file is None:
+            return
         first = with_checksum(about)
         file.seek(0)
         content = file.read()
@@ -43,6 +63,8 @@ class Answers:
 
     def append(self, data: bytes):
         """Write behind what is there."""
+        if self.file is None:
+            return
         try:
             self.file.write(data)
             self.file.flush()

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from tqdm import tqdm
 
 import hf
-from lab.checkpoints.answers import Answers
+from checks import progress
+from lab.checkpoints.answers import Answers, kept_answers
 from lab.checkpoints.benchmarks import (
     BENCHMARKS,
     Item,
@@ -27,9 +27,9 @@ from lab.checkpoints.benchmarks import (
     text_pairs,
 )
 from lab.checkpoints.remixed import SURROGATES, pass_memory, plan_comparison, remix_benchmark
-from lab.tools import cli
+from lab.tools import cli, processes
 from lab.tools.cli import note
-from lab.tools.files import digest, owned
+from lab.tools.files import digest
 from lab.tools.statistics import share_interval
 from moe import require
 from pathways import fingerprint, one_of, padded
@@ -102,6 +102,7 @@ def main(argv) -> int:
     changes = {name: flags[name] for name in vars(RemixConfig()) if name in flags}
     changes.pop("method", None)
     cli.fill(RemixConfig, changes)
+    processes.join()
 
     # Read all questions first: what is wrong with a file is told before the weights are read.
     items = read_items(config.task, config.data_file)[: config.limit]
@@ -131,7 +132,7 @@ def main(argv) -> int:
     n_params, threads = outline.model.n_params(), torch.get_num_threads()
     where = f"{outline.dtype} on {config.device}, {threads} CPU threads"
     note(f"{config.model}: {n_params:,} parameters in {where}; {spare / 1e9:.1f} GB to work with")
-    model = hf.fill(outline, config.device, spare)
+    model = hf.fill(outline, processes.device_of(config.device), spare)
     if plan is not None:
         return remix_benchmark(model, plan, config)
 
@@ -140,8 +141,8 @@ def main(argv) -> int:
     about["prompts"] = digest(repr((prompts, [item.answer for item in items])))[:16]
     name = f"{Path(config.model).name}-{config.task}-{config.form}-{config.shots}"
     path = Path(config.out or f"out/choice/{name}-{digest(repr(about))[:8]}.jsonl")
-    with owned(path) as file:
-        nats = score(model, prompts, items, Answers(file, about))
+    with kept_answers(path, about) as answers:
+        nats = score(model, prompts, items, answers)
     title = f"{config.task}, {config.shots} shots, {len(items)} questions"
     print(report(items, nats, config.form, title))
     print(f"\nwrote {path}")
@@ -207,25 +208,38 @@ def score(model, prompts: list[list[Prompt]], items: list[Item], answers: Answer
     todo.sort(key=lambda i: -lengths[i])  # alike lengths together: little padding
     right = sum(best_place(nats) == labels[i] for i, nats in answers.kept.items())
 
+    batches = []
+    while todo:
+        most = max(len(prompts[i]) for i in todo)
+        n = max(1, MOST_TOKENS // (lengths[todo[0]] * most))
+        batches.append(todo[:n])
+        todo = todo[n:]
+
     options = {"total": len(items), "initial": len(answers.kept), "unit": "question"}
-    with tqdm(**options, desc="choice", leave=False, disable=None) as bar:
-        while todo:
-            most = max(len(prompts[i]) for i in todo)
-            n = max(1, MOST_TOKENS // (lengths[todo[0]] * most))
-            batch, todo = todo[:n], todo[n:]
-            flat = [prompt for i in batch for prompt in prompts[i]]
-            likelihoods = iter(log_likelihoods(model, flat))
-            nats = {}
-            for i in batch:
-                # One prompt with several options, or several prompts with one.
-                nats[i] = []
-                for _ in prompts[i]:
-                    nats[i] += next(likelihoods)
-                right += best_place(nats[i]) == labels[i]
-            answers.add(nats, labels)
-            bar.update(len(batch))
+    with progress(None, "choice", **options) as bar:
+        for _, batch in processes.rounds(batches):
+            nats = score_batch(model, prompts, batch or [])
+            for theirs in processes.gathered(nats):
+                answers.add(theirs, labels)
+                right += sum(best_place(values) == labels[i] for i, values in theirs.items())
+                bar.update(len(theirs))
             bar.set_postfix(accuracy=f"{right / len(answers.kept):.1%}", refresh=False)
     return [answers.kept[i] for i in range(len(items))]
+
+
+def score_batch(model, prompts: list[list[Prompt]], batch: list[int]) -> dict:
+    """The log-likelihoods of the choices of some items, by their places."""
+    if not batch:
+        return {}
+    flat = [prompt for i in batch for prompt in prompts[i]]
+    likelihoods = iter(log_likelihoods(model, flat))
+    nats = {}
+    for i in batch:
+        # One prompt with several options, or several prompts with one.
+        nats[i] = []
+        for _ in prompts[i]:
+            nats[i] += next(likelihoods)
+    return nats
 
 
 def best_place(values: list[float]) -> int:

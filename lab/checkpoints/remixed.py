@@ -5,6 +5,7 @@ are: these questions, this model. Every block of questions is kept as well, so t
 continues. Questions of alike lengths stand in one block, as padding costs what a token costs.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +14,12 @@ import torch
 
 from checks import progress, require
 from data import Problems
-from lab.checkpoints.answers import Answers
+from lab.checkpoints.answers import kept_answers
 from lab.checkpoints.benchmarks import Item, Prompt, as_problems, make_prompts, not_asked
 from lab.remixing.arena import Arena, Outcome, selected
 from lab.remixing.contest import compete, pooled
 from lab.remixing.tables import LEGEND, main_table
+from lab.tools import processes
 from lab.tools.cli import note
 from lab.tools.files import digest, owned
 from pathways import ReferenceSet, critical_layers, fingerprint
@@ -90,7 +92,8 @@ def pass_memory(outline, longest: int) -> int:
     attention = 4 * (c.n_heads + c.n_kv_heads) * c.head_dim
     numbers = max(experts + dense, attention) + 6 * c.d_model
     logits = 256 * c.vocab_size * (2 * 4 + itemsize)
-    return max(MOST_TOKENS, longest) * numbers * itemsize + logits
+    # As much again: passes of other shapes leave gaps, which the system has not back.
+    return 2 * (max(MOST_TOKENS, longest) * numbers * itemsize + logits)
 
 
 def remix_memory(outline, config: RemixConfig, first: int, asked, solved) -> int:
@@ -108,7 +111,7 @@ def remix_memory(outline, config: RemixConfig, first: int, asked, solved) -> int
     return int(
         prompts
         + 1e6 * config.max_memory
-        + 3 * neighbours  # padded, beside the new token, for the gradient
+        + 2 * neighbours  # padded; with the new token, for the gradient
         + 3 * len(solved.labels) * rows
         + 2**28  # tf-idf
     )
@@ -127,11 +130,8 @@ def remix_benchmark(model, plan: Comparison, choice) -> int:
     asked, solved, mark = plan.asked, plan.solved, fingerprint(model)
     n = len(asked.labels)
 
-    # References are known by the model, the token, and the solved questions.
-    stem = f"out/choice/{Path(choice.model).name}"
-    name = digest(mark, "last", problems_digest(solved))[:16]
-    reference_path = Path(f"{stem}-references-{name}.safetensors")
-    references = kept_references(reference_path, model, solved).some(plan.helpful)
+    source = reference_path(model, solved, choice)
+    references = kept_references(source, model, solved).some(plan.helpful)
 
     # What the answers are answers to is known by its content, too.
     about = {
@@ -143,23 +143,28 @@ def remix_benchmark(model, plan: Comparison, choice) -> int:
         "methods": choice.method,
         "block": BLOCK,
     }
-    path = Path(choice.out or f"{stem}-{choice.task}-remixed-{digest(repr(about))[:8]}.jsonl")
+    name = f"{Path(choice.model).name}-{choice.task}-remixed-{digest(repr(about))[:8]}"
+    path = Path(choice.out or f"out/choice/{name}.jsonl")
 
     # Let the methods compete, block by block. A rerun continues.
     methods = [SURROGATES[name] for name in choice.methods()]
     blocks = dict(enumerate(torch.arange(n).split(BLOCK)))
-    with owned(path) as file:
-        answers = Answers(file, about)
+    with kept_answers(path, about) as answers:
+        left = sorted(blocks.keys() - answers.kept.keys())
         done = sum(len(blocks[i]) for i in answers.kept)
         bar = progress(None, "re-mixing", total=n, initial=done, unit="question")
-        for i in sorted(blocks.keys() - answers.kept.keys()):
-            block = selected(asked, blocks[i])
-            tokens, lengths, labels, options, *_ = block
-            arena = Arena(
-                model, tokens, labels, references, plan.config, lengths, options, prefixes={}
-            )
-            answers.add({i: as_lists(compete(arena, methods))})
-            bar.update(len(blocks[i]))
+        for pieces, i in processes.rounds(left):
+            outcomes = {}
+            if i is not None:
+                block = selected(asked, blocks[i])
+                tokens, lengths, labels, options, *_ = block
+                arena = Arena(
+                    model, tokens, labels, references, plan.config, lengths, options, prefixes={}
+                )
+                outcomes[i] = as_lists(compete(arena, methods))
+            for theirs in processes.gathered(outcomes):
+                answers.add(theirs)
+            bar.update(sum(len(blocks[piece]) for piece in pieces))
         bar.close()
     outcomes = joined([answers.kept[i] for i in blocks])
 
@@ -169,8 +174,15 @@ def remix_benchmark(model, plan: Comparison, choice) -> int:
     rows = pooled([outcomes], [np.arange(n)])
     print(f"{choice.task}, {n} questions; {help_text}; {plan.settings}\n")
     print(main_table(rows, {}), LEGEND, SHARED, sep="\n\n", end="\n\n")
-    print(f"wrote {path} and {reference_path}")
+    print(f"wrote {path} and {source}")
     return 0
+
+
+def reference_path(model, solved: Problems, choice) -> Path:
+    """The file of references: known by the model, the token, and the solved questions."""
+    folder = Path(choice.out).parent if choice.out else Path("out/choice")
+    name = digest(fingerprint(model), "last", problems_digest(solved))[:16]
+    return folder / f"{Path(choice.model).name}-references-{name}.safetensors"
 
 
 def problems_digest(problems: Problems) -> str:
@@ -182,7 +194,7 @@ def problems_digest(problems: Problems) -> str:
 
 def paper_settings(model) -> dict:
     """The paper's for OLMoE: five critical layers, 20 core experts, where there are so many."""
-    settings = {"embedding": "tfidf", "batch": 8}
+    settings = {"embedding": "tfidf", "batch": 32}  # a step reads most experts, for any batch
     if model.config.n_layers - len(model.config.dense_layers) >= 5:
         settings["layers"] = "last:5"
     if model.config.n_experts >= 20:
@@ -205,11 +217,12 @@ def kept_references(path: Path, model, solved: Problems) -> ReferenceSet:
         except ValueError as error:
             note(f"{error}; its references are made anew")
     rows = as_tuples(solved.tokens, solved.lengths)
-    with owned(path.with_suffix(".lock")):
-        part = path.with_suffix(".part")
+    first, part = processes.rank() == 0, path.with_suffix(".part")
+    with owned(path.with_suffix(".lock")) if first else nullcontext():
         references = ReferenceSet.build(model, rows, solved.labels, solved.options, keep_in=part)
-        references.save(path)
-        part.unlink(missing_ok=True)
+        if first:
+            references.save(path)
+            part.unlink(missing_ok=True)
     return references
 
 

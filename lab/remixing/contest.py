@@ -18,21 +18,27 @@ from lab.remixing.methods import METHODS, answered
 from lab.remixing.rivals import larger_model
 from lab.remixing.tables import SHOWN, TESTS, gain_table, main_table
 from lab.scores.evaluation import places
-from lab.tools import cli, statistics
+from lab.tools import cli, processes, statistics
 from lab.tools.files import read_json
 from moe import require
 from pathways import best_token, near_copies
 
 
-def compete(arena: Arena, names, given: dict | None = None) -> dict[str, Outcome]:
-    """The model as it is, and then every method. given: settings for NGD and its controls."""
+def compete(arena: Arena, names, given: dict | None = None, share=False) -> dict[str, Outcome]:
+    """The model as it is, and then every method. given: settings for NGD and its controls.
+
+    share: each of several processes judges some of the methods."""
     outcomes = {"base": judged(arena, own_answers)}
-    for name in tqdm(names, leave=False, disable=None, desc="methods"):
+    ours = names[processes.rank() :: processes.count()] if share else names
+    for name in tqdm(ours, leave=False, disable=None, desc="methods"):
         target = METHODS[name].target
         target = None if target is None else target(arena)
         method = partial(answered, name, given=given)
         outcomes[name] = judged(arena, method, target)
-    return outcomes
+    if share:
+        for theirs in processes.gathered(outcomes)[::-1]:  # base as the first one had it
+            outcomes |= theirs
+    return {name: outcomes[name] for name in ("base", *names)}
 
 
 def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None) -> dict:
@@ -78,7 +84,7 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
     folders: of the runs. beside: of runs of a larger model, one for each arena, or none."""
     runs = []
     for i, arena in enumerate(tqdm(arenas, desc="runs", leave=False, disable=None)):
-        outcomes = compete(arena, names, given)
+        outcomes = compete(arena, names, given, share=True)
         if beside:
             outcomes["larger, dense"] = larger_model(arena, beside[i])
         runs.append(outcomes)

@@ -184,7 +184,8 @@ def program(main, text: str | None = None):
 
 def note(text: str):
     """Tell the user, beside the results, what was not quite as expected."""
-    print(f"note: {text}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first
+        print(f"note: {text}", file=sys.stderr)
 
 
 def command(*words) -> str:

@@ -45,6 +45,9 @@ def computed(operation, args, kwargs):
     """Compute on the CPU, and say where the result is. RuntimeError for tensors of two devices."""
     tensors = [each for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)]
     there = [isinstance(tensor, There) for tensor in tensors]
+    empty = [t.device == DEVICE and not isinstance(t, There) for t in tensors]
+    if any(empty):
+        raise RuntimeError(f"{operation} of a tensor that was made unseen, without numbers")
     here = [tensor.dim() > 0 and not isinstance(tensor, There) for tensor in tensors]
     indexed = operation is torch.ops.aten.index.Tensor and there[0]  # places may be on the CPU
     if operation not in COPIES and any(there) and any(here) and not indexed:

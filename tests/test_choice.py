@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from by_hand import full, refused
+from pretended import PretendedDevice, move
 
 import hf
 from lab.checkpoints import choice, remixed
@@ -277,6 +278,12 @@ def test_letters_as_problems(folder):
     prompts = [make_prompts(item, tokenizer, "letters")[0] for item in items]
     problems = as_problems(prompts, items, model.config.vocab_size)
     nats = choice.log_likelihoods(model, prompts)
+    moved, _ = hf.load(folder)
+    with PretendedDevice():
+        move(moved)
+        there = choice.log_likelihoods(moved, prompts)
+    for ours, theirs in zip(there, nats, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
     expected = [problems.options[i, values.index(max(values))] for i, values in enumerate(nats)]
     assert answer_questions(model, problems).tolist() == expected
     assert tokenizer.decode(problems.options[1].tolist()) == " A B C D A"
@@ -486,6 +493,7 @@ MISTAKES = {  # the flags behind --model, and what is said of them
     "--data-file rows --references sciq --reference-files nowhere": "no such file: nowhere",
     f"{RIGHT} --layers last:9": "unknown critical layers 'last:9'",
     f"{RIGHT} --core 9": "core is 9, but there are 4 experts",
+    f"{RIGHT} --k 1 --embedding hidden:9": "unknown embedding 'hidden:9'",
     f"{RIGHT} --k 3": "k is 3, but there are 2 references",
     f"{RIGHT} --k 1": "GB to work with, and cpu has 0.00 GB free: take a larger machine",
 }

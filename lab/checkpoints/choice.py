@@ -123,7 +123,7 @@ def main(argv) -> int:
     plan = None
     if config.references:
         asked = [prompt for (prompt,) in prompts]
-        plan = plan_comparison(outline, asked, items, solved, shots, changes)
+        plan = plan_comparison(outline, asked, items, solved, shots, config.methods(), changes)
         spare += plan.memory
 
     # Read the weights.
@@ -177,11 +177,11 @@ def log_likelihoods(model, prompts: list[Prompt]) -> list[list[float]]:
                 rows.append(row)
                 places.append(place)
                 targets.append(token)
-    targets = torch.tensor(targets, device=device)[:, None]  # (M, 1)
+    targets = torch.tensor(targets)[:, None].to(device)  # (M, 1)
 
     # Predict them, in portions: the vocabulary may be large.
     nats = []
-    hidden = x[rows, places]  # (B, T, D) -> (M, D)
+    hidden = x[torch.tensor(rows), torch.tensor(places)]  # (B, T, D) -> (M, D)
     for states, target in zip(hidden.split(256), targets.split(256), strict=True):
         log_probs = model.head(states).log_softmax(-1)  # (256, V)
         nats.append(log_probs.gather(1, target)[:, 0])

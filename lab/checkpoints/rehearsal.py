@@ -174,7 +174,7 @@ def rehearse(folder: Path, config: RehearsalConfig):
     outline = hf.outline(folder)
     groups = [make_prompts(item, outline.tokenizer, "letters") for item in items]
     asked = [prompt for (prompt,) in groups]
-    plan = remixed.plan_comparison(outline, asked, items, solved, [], {})
+    plan = remixed.plan_comparison(outline, asked, items, solved, [], ["ngd"], {})
     model, costs["load"] = watched(lambda: hf.fill(outline))
     rows = [torch.tensor(prompt.tokens) for prompt in asked[:4]]
     with torch.no_grad():

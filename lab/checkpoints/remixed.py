@@ -23,7 +23,7 @@ from lab.tools import processes
 from lab.tools.cli import note
 from lab.tools.files import digest, owned
 from pathways import ReferenceSet, critical_layers, fingerprint
-from pathways.checks import as_tuples, require_gradient
+from pathways.checks import as_tuples, require_gradient, require_layer
 from pathways.prompts import MOST_TOKENS
 from remix import RemixConfig
 
@@ -52,11 +52,13 @@ class Comparison(NamedTuple):
     memory: int  # bytes that re-mixing takes beside what scoring takes
 
 
-def plan_comparison(outline, prompts: list[Prompt], items: list[Item], solved, shots, changes):
-    """Check what can be checked before the weights are read -> a Comparison.
+def plan_comparison(
+    outline, prompts: list[Prompt], items: list[Item], solved, shots, methods: list[str], changes
+) -> Comparison:
+    """All that can be made and checked before the weights are read. ValueError.
 
     outline: of hf.outline. prompts: of the items that are asked. solved: the items that help; shots
-    stand in front of each. changes: fields of RemixConfig.
+    stand in front of each. methods: as --method names them. changes: fields of RemixConfig.
     """
     model, vocab_size = outline.model, outline.model.config.vocab_size
     order = sorted(range(len(items)), key=lambda i: -len(prompts[i].tokens))
@@ -78,6 +80,12 @@ def plan_comparison(outline, prompts: list[Prompt], items: list[Item], solved, s
         f"core is {config.core}, but there are {n_experts} experts",
     )
     require(config.k <= len(helpful), f"k is {config.k}, but there are {len(helpful)} references")
+    kind, _, layer = config.embedding.partition(":")
+    require(kind != "own", "embedding own needs vectors of your own; benchmarks have none")
+    if kind == "hidden":
+        require_layer(config.embedding, layer, model.config.n_layers)
+    if "ngd" in methods:
+        require_gradient(model)
     solved = as_problems(examples, solved, vocab_size)
     memory = remix_memory(outline, config, min(layers), asked, solved)
     return Comparison(asked, solved, torch.tensor(helpful), settings, config, memory)
@@ -125,8 +133,6 @@ def remix_benchmark(model, plan: Comparison, choice) -> int:
 
     choice: a ChoiceConfig.
     """
-    if "ngd" in choice.methods():
-        require_gradient(model)
     asked, solved, mark = plan.asked, plan.solved, fingerprint(model)
     n = len(asked.labels)
 

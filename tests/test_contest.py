@@ -115,7 +115,7 @@ def test_in_context_is_a_longer_prompt(arena):
         close(votes[i].float(), expected, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["soft prompt for each", "prefix for each"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name.endswith((" each", " all"))])
 def test_a_prompt_before_the_prompt(arena, name):
     """Without a step both are their start: two mean embeddings before the prompt."""
     logits = answered(name, arena, length=2, steps=0).logits

@@ -127,6 +127,11 @@ METHODS = {
     "random neighbours": Method(controls.random_neighbours, like="NGD"),
     "shuffled labels": Method(controls.shuffled_labels, like="NGD"),
     "unfiltered": Method(controls.unfiltered, like="NGD"),
+    "unfiltered tuned": Method(
+        controls.unfiltered,
+        tries=grid(k=[3, 5, 8, 16], lr=[0.5, 1.0]),
+        tuned={"skills": {"k": 8, "lr": 0.5}},
+    ),
     "shuffled corrections": Method(
         corrections.shuffled_corrections, like="corrections", trains_once=True
     ),

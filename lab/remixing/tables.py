@@ -6,7 +6,8 @@ from lab.tools import statistics
 from lab.tools.cli import table
 
 # On subsets of the prompts:
-SHOWN = ("kernel regression", "NGD", "unfiltered", "corrections", "soft prompt for each", "oracle")
+SHOWN = ("kernel regression", "NGD", "unfiltered", "unfiltered tuned", "corrections")
+SHOWN += ("soft prompt for each", "oracle")
 # Named beforehand: a rival, and the method that is tested against it.
 TESTS = {
     "base": "NGD",

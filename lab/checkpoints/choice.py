@@ -119,7 +119,7 @@ def main(argv) -> int:
     require(tokenizer is not None, problem)
     prompts = [make_prompts(item, tokenizer, config.form, shots, context) for item in items]
     longest = max(len(prompt.tokens) for group in prompts for prompt in group)
-    spare = pass_memory(outline, longest)
+    spare = pass_memory(outline, longest, config.device)
     plan = None
     if config.references:
         asked = [prompt for (prompt,) in prompts]

@@ -194,7 +194,7 @@ def rehearse(folder: Path, config: RehearsalConfig):
     gc.collect()
     _, costs["all of it again"] = watched(lambda: choice.main(as_flags(flags)))
     gc.collect()
-    spare = choice.pass_memory(outline, max(map(len, rows))), plan.memory
+    spare = choice.pass_memory(outline, max(map(len, rows)), "cpu"), plan.memory
     return costs, rows, logits, spare
 
 

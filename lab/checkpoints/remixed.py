@@ -27,6 +27,7 @@ from pathways.checks import as_tuples, require_gradient, require_layer
 from pathways.prompts import MOST_TOKENS
 from remix import RemixConfig
 
+KERNELS = 1_300_000_000  # bytes of torch's library: it keeps a thousand products' code in bfloat16
 BLOCK = 64  # questions that are re-mixed between two lines of the file of answers
 SURROGATES = {  # as --method names them -> as the table does
     "mode_finding": "mode finding",
@@ -91,7 +92,7 @@ def plan_comparison(
     return Comparison(asked, solved, torch.tensor(helpful), settings, config, memory)
 
 
-def pass_memory(outline, longest: int) -> int:
+def pass_memory(outline, longest: int, device: str) -> int:
     """Bytes that a pass takes above the weights, at most. longest: tokens of a prompt."""
     c = outline.model.config
     itemsize = getattr(torch, outline.dtype).itemsize
@@ -100,8 +101,8 @@ def pass_memory(outline, longest: int) -> int:
     attention = 4 * (c.n_heads + c.n_kv_heads) * c.head_dim
     numbers = max(experts + dense, attention) + 6 * c.d_model
     logits = 256 * c.vocab_size * (2 * 4 + itemsize)
-    # As much again: passes of other shapes leave gaps, which the system has not back.
-    return 2 * (max(MOST_TOKENS, longest) * numbers * itemsize + logits)
+    kernels = KERNELS if (device, outline.dtype) == ("cpu", "bfloat16") else 0
+    return max(MOST_TOKENS, longest) * numbers * itemsize + logits + kernels
 
 
 def remix_memory(outline, config: RemixConfig, first: int, asked, solved) -> int:

@@ -433,6 +433,10 @@ class Attention(nn.Module):
 
         # Positions turn queries and keys; earlier tokens come from the cache.
         q, k = rotate(q, flow), rotate(k, flow)
+        past = None if flow.cache is None or flow.write else flow.cache.keys.get(self.layer)
+        if past is not None and q.shape[2] == 1 and flow.mask is not None:
+            y = look_back(q, k, v, past, flow.cache.values[self.layer], flow.mask)
+            return self.o(y.flatten(1)[:, None])  # (B, H, 1, C) -> (B, 1, D)
         if flow.cache is not None:
             k, v = flow.cache.extended(self.layer, k, v, flow.write)  # (B, G, S+T, C)
 
@@ -445,6 +449,21 @@ class Attention(nn.Module):
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, C)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, H*C) -> (B, T, D)
+
+
+def look_back(q, k, v, past_k, past_v, mask):
+    """The attention of one new token to itself and to a past (B, G, S, C), as in a step of C3PO.
+
+    q (B, H, 1, C), k and v (B, G, 1, C) -> (B, H, 1, C). It is what scaled_dot_product_attention
+    computes of past and token together. But that one copies the past, and takes most of its time
+    for the gradient of all keys and values, which nobody asks for.
+    """
+    heads = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, G, H/G, C), which share keys
+    scores = torch.cat([heads @ past_k.mT, heads @ k.mT], 3)  # (B, G, H/G, S+1)
+    scores = wide(scores) * q.shape[3] ** -0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype)
+    y = weights[..., :-1] @ past_v + weights[..., -1:] @ v
+    return y.reshape(q.shape)
 
 
 def rotate(x, flow):

@@ -236,7 +236,10 @@ class Prefixes:
 
         rows = [needed[i] for i in index]
         columns = zip(*rows, strict=True)  # five times M tensors
-        return Prefix(*(pad_sequence(column, batch_first=True) for column in columns))
+        x, valid, keys, values, past = (
+            pad_sequence(column, batch_first=True) for column in columns
+        )
+        return Prefix(x, valid, by_layer(keys), by_layer(values), past)
 
     def make(self, missing: list[int]) -> dict:
         """The prefixes of references that are not kept."""
@@ -257,6 +260,11 @@ class Prefixes:
             self.size += n_bytes(prefix)
         self.kept[i] = prefix
         self.kept.move_to_end(i)
+
+
+def by_layer(tensor):
+    """Keys or values (n, S, L, G, C), with those of a layer together in memory: it is faster."""
+    return tensor.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
 
 
 def without_padding(row) -> list[torch.Tensor]:

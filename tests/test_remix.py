@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from by_hand import E, SigmoidRouter, V, answer_along, close, full, refused, small_preset, tiny
 
+from moe import look_back
 from pathways import (
     Prefixes,
     ReferenceSet,
@@ -617,3 +618,23 @@ def test_one_expert_of_weight_1():
             remix(model, asked, references, method=method)
     losses = remix(model, asked, references, method="kernel_regression").losses
     assert (losses.amin(1) < 0.9 * losses[:, 0]).any()
+
+
+@pytest.mark.parametrize("groups", [4, 2], ids=["a key for each head", "shared keys"])
+def test_look_back(groups):
+    """One token's attention to a fixed past is torch's over both together, gradients included."""
+    past = torch.randn(2, 3, groups, 7, 6).double()  # keys and values of 3 prompts of 7 tokens
+    q = torch.randn(3, 4, 1, 6).double().requires_grad_()
+    k, v = (torch.randn(3, groups, 1, 6).double().requires_grad_() for _ in range(2))
+    mask = torch.arange(8) >= torch.tensor([0, 2, 7])[:, None, None, None]
+    options = {"attn_mask": mask, "enable_gqa": True}
+    expected = F.scaled_dot_product_attention(
+        q, torch.cat([past[0], k], 2), torch.cat([past[1], v], 2), **options
+    )
+    found = look_back(q, k, v, *past, mask)
+    close(found, expected, 1e-12)
+    slope = torch.randn_like(found)
+    ours = torch.autograd.grad(found, (q, k, v), slope)
+    theirs = torch.autograd.grad(expected, (q, k, v), slope)
+    for gradient, peer in zip(ours, theirs, strict=True):
+        close(gradient, peer, 1e-12)

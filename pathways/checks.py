@@ -9,6 +9,7 @@ import torch
 
 from checks import require, require_in_vocabulary
 
+TOKENS = ("last", "middle", "first", "all")
 TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")
 EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")
 
@@ -124,6 +125,49 @@ def as_tuples(tokens, lengths) -> list[tuple]:
     """Prompts without their padding."""
     pairs = zip(tokens.tolist(), lengths.tolist(), strict=True)
     return [tuple(row[:length]) for row, length in pairs]
+
+
+def require_references(references, model, path):
+    """References that were read from a file: tensors of the right kinds and shapes."""
+    one_of("token", references.token, TOKENS)
+    vocab_size, routers = model.config.vocab_size, model.routers()
+    m, T = references.tokens.shape if references.tokens.dim() == 2 else (0, 0)
+    require(m * T > 0, f"{path}: tokens have shape {tuple(references.tokens.shape)}")
+    corpus = references.corpus if references.corpus is not None else references.tokens
+    n_positions = T if references.token == "all" else None
+    shapes = {  # None: any
+        "lengths": (m,),
+        "labels": (m,),
+        "correct": (m,),
+        "pathways": (m, n_positions, len(routers), model.config.n_experts),
+        "options": (m, None),
+        "corpus": (None, None),
+        "corpus_lengths": (len(corpus),),
+        "embeddings": (m, None),
+    }
+    for name, expected in shapes.items():
+        tensor = getattr(references, name)
+        if tensor is not None:
+            shape = tuple(tensor.shape)
+            pairs = list(zip(shape, expected, strict=False))
+            fits = len(shape) == len(expected) and all(b in (a, None) for a, b in pairs)
+            require(fits, f"{path}: {name} have shape {shape}; expected {expected}")
+    require(references.correct.dtype == torch.bool, f"{path}: correct is not of bools")
+    for name in ("pathways", "embeddings"):
+        tensor = getattr(references, name)
+        fits = tensor is None or tensor.is_floating_point()
+        require(fits, f"{path}: {name} are not of numbers with fractions")
+    for lengths, tokens in (
+        (references.lengths, references.tokens),
+        (references.corpus_lengths, references.corpus),
+    ):
+        if tokens is not None:
+            require_in_vocabulary(f"{path}: tokens", tokens, vocab_size)
+            require_in_vocabulary(f"{path}: lengths", lengths - 1, tokens.shape[1])
+    labels, options = references.labels, references.options
+    require_labels(
+        references.tokens, references.lengths, labels, options, vocab_size, references.token
+    )
 
 
 def require_one_length(token: str, lengths, expected: int):

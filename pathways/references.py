@@ -21,7 +21,7 @@ from checks import progress, require, torch_defaults
 from lab.tools import processes
 from lab.tools.files import digest, read_tensors, write_tensors
 from moe import unwrapped
-from pathways.checks import require_labels, require_routers
+from pathways.checks import require_labels, require_references, require_routers
 from pathways.prompts import best_token, by_length, padded, trimmed
 from pathways.tail import Prefix, Tail, frozen
 
@@ -136,6 +136,7 @@ class ReferenceSet:
             mend = "ReferenceSet.save makes one"
             raise ValueError(f"{path} is not a reference set ({error}); {mend}") from None
         references.require_model(model, path)
+        require_references(references, unwrapped(model), path)
         return references
 
     def require_model(self, model, name="the reference set"):
@@ -198,7 +199,8 @@ def kept_part(path: Path, about: dict):
         tensors, of = read_tensors(path)
     except ValueError:
         return [], []
-    return ([tensors["pathways"]], [tensors["answers"]]) if of == about else ([], [])
+    fits = of == about and tensors.keys() == {"pathways", "answers"}
+    return ([tensors["pathways"]], [tensors["answers"]]) if fits else ([], [])
 
 
 class Prefixes:

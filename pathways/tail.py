@@ -23,9 +23,7 @@ import torch
 
 from checks import evaluation
 from moe import Cache, Imposed, Router, unwrapped
-from pathways.checks import one_of, require_layers
-
-TOKENS = ("last", "middle", "first", "all")
+from pathways.checks import TOKENS, one_of, require_layers
 
 
 class Prefix(NamedTuple):

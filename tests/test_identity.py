@@ -15,7 +15,7 @@ import eval as eval_py
 import hf
 import train_toy
 from data import TextData
-from lab.checkpoints.benchmarks import Item, without_asked
+from lab.checkpoints.benchmarks import Item, not_asked
 from lab.remixing import arena
 from lab.tools import files
 from lab.tools.texts import BLOCK, END, LONGEST, documents, encode, tokenizer
@@ -241,7 +241,7 @@ def test_questions_that_are_asked_are_no_examples(capsys):
     """However they are spaced, and their choices are ordered."""
     asked = [Item("What is  hot?", ["ice", "fire"], 1)]
     others = [Item("What is hot?", ["ice", "snow"], 0), Item("Why?", ["ice", "fire"], 0)]
-    assert without_asked([Item("what is hot?", ["Fire", "ice"], 0), *others], asked, "x") == others
+    assert not_asked([Item("what is hot?", ["Fire", "ice"], 0), *others], asked, "x") == [1, 2]
     assert "1 of 3 x are asked, too" in capsys.readouterr().err
 
 

@@ -11,6 +11,7 @@ Linux, which tells how much memory of a process belongs to no file.
 import gc
 import io
 import json
+import multiprocessing
 import random
 import re
 import tempfile
@@ -48,6 +49,13 @@ class RehearsalConfig:
 
 
 # ------------------------------------------------------------------------ what it is rehearsed on
+
+
+def write_all(folder: Path, sizes: MoEConfig, config: RehearsalConfig):
+    """The checkpoint, its tokenizer, and questions."""
+    torch.set_num_threads(config.threads)
+    write_checkpoint(folder, sizes)
+    write_words(folder, config.questions, config.references)
 
 
 def write_checkpoint(folder: Path, config: MoEConfig):
@@ -193,7 +201,6 @@ def rehearse(folder: Path, config: RehearsalConfig):
     model = None
     gc.collect()
     _, costs["all of it again"] = watched(lambda: choice.main(as_flags(flags)))
-    gc.collect()
     spare = choice.pass_memory(outline, max(map(len, rows)), "cpu"), plan.memory
     return costs, rows, logits, spare
 
@@ -217,8 +224,13 @@ def main(argv) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.folder or temporary, "checkpoint")
         if not folder.exists():
-            write_checkpoint(folder, sizes)
-            write_words(folder, config.questions, config.references)
+            # In a process of its own, whose memory is gone when ours is measured.
+            writer = multiprocessing.get_context("spawn").Process(
+                target=write_all, args=(folder, sizes, config)
+            )
+            writer.start()
+            writer.join()
+            require(writer.exitcode == 0, f"the checkpoint could not be written to {folder}")
         with redirect_stdout(io.StringIO()):
             costs, prompts, logits, spare = rehearse(folder, config)
         try:

@@ -8,8 +8,9 @@
 # - what a pathway is, and how three surrogates look for a better one: on a triangle that you can
 #   see, then on a model;
 # - why trying a pathway costs one token only, and exactly so;
-# - how to tell whether re-mixing helps: an oracle and its null, controls, and what one seed cannot
-#   tell.
+# - how to tell whether re-mixing helps: controls, an oracle and its matched null, and what one seed
+#   cannot tell;
+# - what a pathway knows, and why an average of pathways hardly helps.
 #
 # Forty minutes to read, less than a minute to run, on one CPU core. What is trained here is a toy
 # on one seed: it shows how the method works, and is no evidence about large models.
@@ -26,15 +27,17 @@ from IPython.display import display
 
 from data import SKILLS, Prompts, SkillsTask
 from lab.remixing.arena import Arena
-from lab.remixing.contest import compete, mistakes, pooled, reach, subsets
-from lab.remixing.figures import example_figure, methods_figure, oracle_figure, pathway_figure
+from lab.remixing.contest import compete, mistakes, pooled, subsets
+from lab.remixing.figures import example_figure, methods_figure, pathway_figure, reach_figure
+from lab.remixing.knowledge import LEVELS, variances
+from lab.remixing.reach import reach, reach_table, targets_of
 from lab.remixing.tables import main_table, mistakes_table
 from lab.scores.evaluation import places
 from lab.tools import cli
 from lab.tools.settings import TrainConfig
 from moe import Imposed, MoEConfig, MoETransformer
 from pathways import Neighbours, ReferenceSet, Tail, critical_layers, padded
-from remix import RemixConfig, core_experts, kernel_regression, mode_finding, ngd, remix
+from remix import RemixConfig, core_experts, kernel_regression, mend, mode_finding, ngd, remix
 from train_toy import update
 
 torch.set_num_threads(1)
@@ -442,7 +445,7 @@ pathway_figure(panels, places(model), "The prompt's pathway, and its neighbours'
 # %%
 arena = Arena(model, asked.tokens, asked.labels, references, about=asked, task="skills", seed=SEED)
 surrogates = ("mode finding", "kernel regression", "NGD")
-others = ("random neighbours", "kNN vote", "prefix for each", "oracle", "oracle's null")
+others = ("random neighbours", "kNN vote", "prefix for each", "oracle")
 outcomes = compete(arena, surrogates + others)
 rows = pooled([outcomes], [arena.clusters])
 print(main_table(rows, costs={}))
@@ -455,31 +458,57 @@ methods_figure(rows, f"Re-mixing on 200 dev prompts, seed {SEED}")
 # that became wrong; *gap closed*: the gain as a share of the oracle's; *rerouted*: prompts that
 # visit at least one other expert. Bars are 95 % intervals of the gain over the model as it is.
 #
-# ## The oracle and its null
+# ## The oracle, and its matched null
 #
 # The oracle is NGD with the prompt's true label, and it answers nearly everything. It would be easy
 # to conclude that nearly all knowledge is there, and only the routing fails. But gradient descent
-# on 4 x 16 numbers may be able to force *any* answer. So ask it for a wrong one: the same steps
-# towards a random wrong label, its **null**.
+# on 4 x 16 numbers may be able to force *any* answer. So, for the prompts that are answered wrong,
+# we aim the same steps at every label but the model's own answer: at the right one, and at all
+# wrong ones. How often do they get there, against the label's probability before the first step,
+# its *prior*?
 
 # %%
-shares = reach(arena, {})
-lines = []
-for name, values in shares.items():
-    form = "d" if name == "steps" else ".0%"
-    lines.append([name, *(format(value, form) for value in values)])
-print(cli.table(lines))
-steps = shares.pop("steps")
-oracle_figure(steps, shares, "Where so many steps lead")
+reached = reach([targets_of(arena)])
+print(reach_table(reached))
+reach_figure(reached, "Where ten steps lead: to right labels and to wrong ones")
 
 # %% [markdown]
-# The right label is reached far more often than a wrong one; over the eight seeds of docs/c3po.md
-# the oracle reaches the true label for 97.9 % of the prompts, its null a random wrong label for
-# 14.7 %. So ten steps cannot force just any answer. But the model holds a random wrong label for
-# far less probable than the true one before the first step, so that the null has much farther to
-# go. These two numbers alone do not tell how much of the oracle's gain is knowledge that the
-# routers do not find, and how much is force. The null is our addition; without it, the oracle would
-# say even less.
+# What counts is the prior, not whether the label is right. Above some 5 % the steps get nearly
+# anywhere, below 0.1 % hardly anywhere, and the two curves cannot be told apart: right labels are
+# reached more often all in all only because they were more probable to begin with. (A null of
+# *random* wrong labels would have hidden that: most of them have a prior below 0.1 %.) Eight seeds
+# in docs/c3po.md say the same.
+#
+# So a pathway can pick any answer that the model already holds for possible. That is headroom, and
+# worth having. But the oracle's score does not show that a pathway "knows" the right answer: which
+# of the possible ones to pick, the label told it. NGD must learn that from the neighbours.
+#
+# ## What does a pathway know?
+#
+# In the triangle kernel regression failed because the neighbours' mean lay between them. In the
+# model there is a plainer reason. The references show every cell (cue, a, b) in all four dialects,
+# so we can divide the variance of their pathways: what do the cue, the operands, the *reading* (the
+# skill that is meant), and the rest of the dialect explain? Three kinds of vectors: the *natural*
+# pathways; *mended* ones, after the oracle's steps towards the reference's own label; and
+# *corrections*, log(mended) - log(natural). Every sixth cell will do.
+
+# %%
+some = torch.arange(len(solved.labels)).view(-1, 4)[::6].flatten()
+few = Prompts(*(column[some] for column in solved))
+twin = replace(arena, references=ReferenceSet.build(model, few.tokens, few.labels, corpus=corpus))
+natural, mended = mend(twin.model, twin.references, twin.config)
+lines = []
+for name, shares in variances(natural, mended, few).items():
+    lines.append([name, *(f"{shares[level]:.1%}" for level in LEVELS)])
+print(cli.table(lines, ["share of the variance", *LEVELS]))
+
+# %% [markdown]
+# Natural pathways show the cue and the operands, and next to nothing of the reading: all dialects
+# take nearly one pathway. So a mean of natural pathways, of however well chosen neighbours, is
+# nearly the same for either reading, and cannot carry what the prompt lacks. That is why mode
+# finding and kernel regression have nothing to gain here. In corrections the reading is the largest
+# share: an average of *those* can carry it, and needs no gradient for a new prompt
+# (`corrections` in [remix.py](../remix.py); docs/c3po.md has what it gains). Kernel regression can work where natural pathways differ in what the prompt lacks.
 #
 # ## Does it really help? Look where
 #
@@ -519,7 +548,8 @@ print(text.format(**rows["NGD"]))
 #
 # - NGD gains clearly over the model as it is, over random neighbours and over kernel regression, on
 #   ambiguous cues;
-# - mode finding and kernel regression gain nothing that can be told from zero;
+# - mode finding and kernel regression gain nothing that can be told from zero: natural pathways do
+#   not carry the reading;
 # - clear cues lose a little: the neighbours of an easy prompt have little to teach, and may
 #   unsettle it;
 # - where no neighbour has the label, whether NGD helps cannot be told;

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lab.pages import claims
+from lab.pages import claims, stored
 from lab.pages.__main__ import PLACE, ROOT, draw_figures, filled_pages
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,7 +22,7 @@ def prose(path) -> str:
 @pytest.fixture(scope="module")
 def results():
     """All results that a command wrote as JSON."""
-    paths = claims.RESULTS.glob("*.json")
+    paths = stored.RESULTS.glob("*.json")
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
@@ -41,22 +41,68 @@ def test_figures_are_drawn_from_results(tmp_path):
     assert shown == drawn == {path.name for path in (ROOT / "docs").glob("*.png")}
 
 
-def test_a_changed_result_would_be_noticed(tmp_path, monkeypatch):
-    """The claims follow the file that they come from."""
-    before = claims.claims()
-    for path in claims.RESULTS.glob("*.json*"):
+def unsure(row: dict):
+    """An effect whose interval has 0 inside."""
+    row |= {"low": -0.1, "high": 0.1}
+
+
+CHANGES = {  # the claim -> results/NAME.json, what becomes of it, the verdict then
+    "C3PO: NGD beats the model as it is": (
+        "remix-skills-test",
+        lambda result: result["p"].update(base=0.9),
+        "**cannot be told here**",
+    ),
+    "so do mode finding and kernel regression": (
+        "remix-skills-test",
+        lambda result: [row.update(low=0.01, high=0.1) for row in result["rows"].values()],
+        "points that way",
+    ),
+    "there is more to win: the oracle": (
+        "knowledge",
+        lambda result: result["reach"]["matched"]["difference"].update(low=0.01),
+        "points that way",
+    ),
+    "the last token is the one to re-mix": (
+        "remix-skills-dev-ablation",
+        lambda result: unsure(result["token"]["all"]["change"]),
+        "cannot be told here",
+    ),
+    "ten steps are enough": (
+        "remix-skills-dev-ablation",
+        lambda result: result["steps"]["50"]["change"].update(low=0.01),
+        "points the other way",
+    ),
+    "the Gaussian kernel is best": (
+        "remix-skills-dev-ablation",
+        lambda result: result["kernel"]["linear"]["change"].update(gain=0.02, low=0.01),
+        "points the other way",
+    ),
+}
+
+
+@pytest.mark.parametrize("claim", CHANGES)
+def test_verdicts_follow_the_results(claim, tmp_path, monkeypatch):
+    """Another result, another verdict."""
+    name, change, expected = CHANGES[claim]
+    for path in stored.RESULTS.glob("*.json*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    changed = claims.stored("remix-skills-test")
-    changed["rows"]["NGD"]["gain"] += 0.01
-    (tmp_path / "remix-skills-test.json").write_text(json.dumps(changed), encoding="utf-8")
-    monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    assert claims.claims() != before
+    result = stored.stored(name)
+    change(result)
+    (tmp_path / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
+
+    def verdict() -> str:
+        rows = [line.split(" | ") for line in claims.claims().splitlines()]
+        return next(row[3] for row in rows if row[0] == f"| {claim}")
+
+    before = verdict()
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    assert before != verdict() == expected
 
 
 def gains(results):
-    """Every dict in the results that has a gain and its interval."""
+    """Every gain, or other mean, with its interval in the results."""
     if isinstance(results, dict):
-        if {"gain", "low", "high"} <= results.keys():
+        if {"low", "high"} <= results.keys() and {"gain", "mean"} & results.keys():
             yield results
         for value in results.values():
             yield from gains(value)
@@ -71,7 +117,7 @@ def test_intervals_in_prose_are_measured(results):
     """A gain with its interval, between the tables as well, is one that was measured."""
     measured = set()
     for row in gains(results):
-        gain, low, high = row["gain"], row["low"], row["high"]
+        gain, low, high = row.get("gain", row.get("mean")), row["low"], row["high"]
         measured.add((points(gain), points(low), points(high)))  # "gains 9.4 (7.1 to 11.6)"
         measured.add((points(-gain), points(-high), points(-low)))  # "loses 2.0 (0.8 to 3.3)"
     n_intervals = 0

@@ -1,4 +1,4 @@
-"""Effects: how much one preset's perplexity differs from another's, in pairs of the same seed.
+"""Effects: how much one preset's perplexity differs from another's, over seeds.
 
 Runs that differ in their seed alone are a *kind*, such as "cartesian lr 0.003". Here `kinds` are
 {name of a kind: {seed: run}}, where a run is a line of the results file (see compare.py).
@@ -63,30 +63,63 @@ def main_kind(kinds: dict, preset: str, dropout: float = 0.0) -> tuple[str, dict
 
 
 class Effect(NamedTuple):
-    """How much higher one perplexity is than another, in percent, from n pairs of the same seed."""
+    """How much higher one perplexity is than another, in percent."""
 
     middle: float
     low: float  # the ends of its 95 % interval
     high: float
-    p: float  # of the paired t-test, two-sided
-    n: int
+    p: float  # of its t-test, two-sided
+    each: list[float]  # the effect of each pair or run
+    runs: str  # how many, in words
+
+
+FEWEST = 3  # so many pairs or runs have an interval: two runs are two numbers
 
 
 def paired_effect(ours: dict[int, float], theirs: dict[int, float]) -> Effect | None:
-    """The effect of one kind against another, from a loss for each seed; None without pairs."""
+    """The effect of one kind against another, from a loss for each seed; None without pairs.
+
+    For declared tests, and for what runs of one seed have in common.
+    """
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds:
         return None
     a = [ours[seed] for seed in seeds]
     b = [theirs[seed] for seed in seeds]
     gaps = np.subtract(a, b)
-    if len(seeds) == 1:
-        return Effect(percent(gaps[0]), -math.inf, math.inf, 1.0, 1)
-
-    # The interval is one of losses, in nats; its ends become percent of perplexity.
+    words = "one pair" if len(seeds) == 1 else f"{len(seeds)} pairs"
+    if len(seeds) < FEWEST:
+        return few_runs(gaps, words)
     mean, half = statistics.interval(gaps)
-    low, high = percent(mean - half), percent(mean + half)
-    return Effect(percent(mean), low, high, statistics.paired(a, b), len(seeds))
+    return in_percent(mean, half, statistics.paired(a, b), gaps, words)
+
+
+def unpaired_effect(ours: dict[int, float], theirs: dict[int, float]) -> Effect | None:
+    """The same by Welch's t-test, from all runs of either kind; None where one has none.
+
+    For test losses of presets: those of one seed are no more alike than others.
+    """
+    if not ours or not theirs:
+        return None
+    a, b = list(ours.values()), list(theirs.values())
+    gaps = np.array(a) - np.mean(b)
+    words = f"{len(a)} and {len(b)} runs"
+    if min(len(a), len(b)) < FEWEST:
+        return few_runs(gaps, words)
+    mean, half, p = statistics.welch(a, b)
+    return in_percent(mean, half, p, gaps, words)
+
+
+def few_runs(gaps, words: str) -> Effect:
+    """An effect without an interval, from differences of losses in nats."""
+    each = [percent(gap) for gap in gaps]
+    return Effect(percent(np.mean(gaps)), -math.inf, math.inf, 1.0, each, words)
+
+
+def in_percent(mean: float, half: float, p: float, gaps, words: str) -> Effect:
+    """An effect from a difference of losses and half the width of its interval, in nats."""
+    each = [percent(gap) for gap in gaps]
+    return Effect(percent(mean), percent(mean - half), percent(mean + half), p, each, words)
 
 
 def percent(nats: float) -> float:
@@ -95,11 +128,11 @@ def percent(nats: float) -> float:
 
 
 def describe_effect(effect: Effect | None) -> str:
-    """An effect, its interval, and what that allows to say; empty where there is no pair."""
+    """An effect, its interval, and what that allows to say; empty where there is none."""
     if effect is None:
         return ""
-    if effect.n < 2:
-        return f"{effect.middle:+.2f} %, one pair"
+    if math.isinf(effect.low):
+        return " and ".join(f"{each:+.2f} %" for each in effect.each) + f", {effect.runs}"
     inside = effect.low > -MARGIN and effect.high < MARGIN
     if effect.low > 0:
         verdict = "higher"
@@ -126,7 +159,7 @@ def effects_against_base(kinds: dict) -> dict[str, Effect | None]:
         base_name, base = main_kind(kinds, BASE, first_run(runs)["dropout"])
         effects[name] = None
         if name != base_name:
-            effects[name] = paired_effect(losses(runs), losses(base))
+            effects[name] = unpaired_effect(losses(runs), losses(base))
     return effects
 
 
@@ -143,7 +176,7 @@ def effects_by_steps(lines: list[dict]) -> dict[str, Effect | None]:
         for place in range(1, len(curve) - 1):
             a = {seed: run["curve"][place][1] for seed, run in ours.items()}
             b = {seed: run["curve"][place][1] for seed, run in theirs.items()}
-            effects[f"step {curve[place][0]} of {steps} (dev)"] = paired_effect(a, b)
+            effects[f"step {curve[place][0]} of {steps} (dev)"] = unpaired_effect(a, b)
 
         # At the end.
         effect = paired_effect(losses(ours), losses(theirs))

@@ -1,4 +1,4 @@
-"""What the runs of compare.py say: effects in pairs, the declared test, robustness, sharing."""
+"""What the runs of compare.py say: effects, the declared tests, robustness, sharing."""
 
 import math
 from pathlib import Path
@@ -17,6 +17,7 @@ from lab.composing.effects import (
     losses,
     main_kind,
     paired_effect,
+    unpaired_effect,
 )
 from lab.composing.figures import effects_figure, robustness_figure, sharing_figure
 from lab.composing.presets import PRESETS
@@ -38,9 +39,9 @@ DECLARED = {  # file in results/ -> what was declared before its runs
 }
 HEADER = ["runs", "parameters", "activated", "step", "dev", "test", "bits/byte", "gap", "cloze"]
 LEGEND = (
-    f"step: a training step's time / {BASE}'s; gap: nats, test - training text; (95 % interval of "
-    "the pairs); effects in pairs\nof the same seed and dropout. Robustness: on the first 128 "
-    "windows of the test split"
+    f"step: a training step's time / {BASE}'s; gap: nats, test - training text; effects with the "
+    "same dropout, from all runs (95 %\ninterval of Welch's t-test). Robustness: on the first 128 "
+    "windows of the test split, in pairs of the same seed"
 )
 NOT_DECLARED = "Nothing was declared of these runs, and so there is no test:"
 CONTRASTS = "Not declared, and so no tests: what a change to a preset does"
@@ -111,8 +112,8 @@ def trend_lines(lines: list[dict]) -> list[str]:
     texts = []
     for name, effect in effects_by_steps(lines).items():
         text = f"  {name}: {describe_effect(effect) or 'no pairs'}"
-        if effect and effect.n > 1:
-            text += f" (p = {effect.p:.2g}, {effect.n} pairs)"
+        if effect and math.isfinite(effect.low):
+            text += f" (p = {effect.p:.2g}, {effect.runs})"
         texts.append(text)
     return texts
 
@@ -129,8 +130,8 @@ def contrast_lines(kinds: dict) -> list[str]:
             parent = parents[0] if parents else parent
         base_name, base = main_kind(kinds, parent)
         if base_name not in (name, "none"):
-            effect = paired_effect(losses(runs), losses(base))
-            text = describe_effect(effect) or "no pairs"
+            effect = unpaired_effect(losses(runs), losses(base))
+            text = describe_effect(effect)
             texts.append(f"  {name} against {base_name}: {text}")
     return texts
 
@@ -228,6 +229,9 @@ def draw_trend(lines: list[dict], path: Path):
 
 
 def draw_effects(effects: dict[str, Effect | None], title: str, path: Path):
-    """Draw the effects of three pairs or more: the interval of two would dwarf all others."""
-    shown = {name: effect for name, effect in effects.items() if effect and effect.n > 2}
+    """Draw the effects that have an interval."""
+    shown = {}
+    for name, effect in effects.items():
+        if effect and math.isfinite(effect.low):
+            shown[name] = effect
     effects_figure(shown, MARGIN, title, path)

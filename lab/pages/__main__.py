@@ -12,14 +12,19 @@ import numpy as np
 
 from lab.composing import verdict
 from lab.composing.effects import group_runs
-from lab.pages.claims import RESULTS, claims, runs, stored
-from lab.remixing.figures import contest_figures, sweeps_figure
+from lab.pages.claims import claims
+from lab.pages.declared import declared_table
+from lab.pages.stored import RESULTS, runs, stored
+from lab.remixing.figures import contest_figures, knowledge_figure, reach_figure, sweeps_figure
+from lab.remixing.knowledge import pathway_tables
+from lab.remixing.reach import reach_table
 from lab.remixing.tables import gain_table, main_table, report, sweep_table
 from lab.tools import cli, figures
 from moe import require
 from notebooks import pictures
 
 ROOT = RESULTS.parent
+MARKDOWN = {"claims": claims, "declared": declared_table}  # tables of markdown
 PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -45,8 +50,8 @@ def filled_pages() -> dict[Path, str]:
 
     def fill(match):
         start, name, end = match.groups()
-        if name == "claims":  # a table of markdown
-            return start + claims() + end
+        if name in MARKDOWN:
+            return start + MARKDOWN[name]() + end
         require(name in blocks, f"no results are called {name!r}; there are {', '.join(blocks)}")
         text = blocks[name]().strip("\n")
         return f"{start}```text\n{text}\n```\n{end}"
@@ -63,6 +68,8 @@ def text_blocks() -> dict:
         "remix": lambda: report(stored("remix-skills-test")),
         "remix-strict": partial(stored_table, "remix-skills-test-strict"),
         "remix-stories": partial(stored_table, "remix-stories-test"),
+        "reach": lambda: reach_table(stored("knowledge")["reach"]),
+        "pathways": lambda: pathway_tables(stored("knowledge")),
         "ablation": lambda: sweep_table(stored("remix-skills-dev-ablation")),
         "compare": partial(declared_report, "compare"),
         "second": partial(declared_report, "second"),
@@ -117,6 +124,12 @@ def draw_figures(folder: Path):
 
     # C3PO
     contest_figures(stored("remix-skills-test"), str(folder / "remix"))
+    knowledge = stored("knowledge")
+    seeds = f"{len(knowledge['runs'])} seeds"
+    title = f"Where ten steps lead: as often to wrong labels as to the right one ({seeds}, test)"
+    reach_figure(knowledge["reach"], title, folder / "remix-reach.png")
+    title = f"What does a pathway know? Not the reading, until it is mended ({seeds})"
+    knowledge_figure(knowledge, title, folder / "remix-knowledge.png")
     title = "NGD with one setting varied at a time (3 seeds, dev)"
     sweeps_figure(stored("remix-skills-dev-ablation"), title, folder / "ablation.png")
 

@@ -37,7 +37,7 @@ class Arena:
 
     model: torch.nn.Module
     tokens: torch.Tensor  # (n, T)
-    labels: torch.Tensor  # (n,) for accuracy, the oracle and its null
+    labels: torch.Tensor  # (n,) for accuracy, the oracle, and wrong labels
     references: ReferenceSet
     config: RemixConfig = field(default_factory=RemixConfig)
     lengths: torch.Tensor | None = None  # (n,); None: all are T
@@ -82,10 +82,14 @@ class Arena:
 
     def first(self, n: int) -> "Arena":
         """An arena of the first n prompts only."""
+        return self.only(slice(n))
+
+    def only(self, rows) -> "Arena":
+        """An arena of some prompts only: a slice, or a mask (n,) of those that are kept."""
         changes = {"about": None}
         for name in ("tokens", "labels", "lengths", "options", "allowed"):
             value = getattr(self, name)
-            changes[name] = None if value is None else value[:n]
+            changes[name] = None if value is None else value[rows]
         return replace(self, **changes)
 
     def cold(self) -> "Arena":

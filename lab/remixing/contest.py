@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 
 from lab.remixing.arena import Arena, Outcome, arena_of, judged, own_answers
-from lab.remixing.controls import wrong_labels
 from lab.remixing.cost import counted
 from lab.remixing.methods import METHODS, answered
 from lab.remixing.rivals import larger_model
@@ -21,7 +20,7 @@ from lab.scores.evaluation import places
 from lab.tools import cli, processes, statistics
 from lab.tools.files import read_json
 from moe import require
-from pathways import best_token, near_copies
+from pathways import near_copies
 
 
 def compete(arena: Arena, names, given: dict | None = None, share=False) -> dict[str, Outcome]:
@@ -123,7 +122,6 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
                 result["errors"][name] = mistakes(outcomes, arenas)
     if len(runs) > 2:
         result["p"], result["ahead"] = declared_tests(rows)
-    result["reach"] = reach(arenas[0], given)
     result["example"] = example(arenas[0], given)
     return result
 
@@ -193,19 +191,6 @@ def mistakes(outcomes: list[Outcome], arenas: list[Arena]) -> list[float]:
         misread = (outcome.answer == other)[differ].mean()
         shares.append((right, misread, 1 - right - misread))
     return np.mean(shares, 0).tolist()
-
-
-def reach(arena: Arena, given: dict) -> dict[str, list]:
-    """How many prompts so many steps lead to their target: the right label (the oracle), or a
-    wrong one (its null)."""
-    shares = {"steps": [0, 1, 2, 3, 5, 10], "oracle": [], "oracle's null": []}
-    wrong = wrong_labels(arena)
-    for steps in shares["steps"]:
-        for name, target in (("oracle", arena.labels), ("oracle's null", wrong)):
-            result = answered(name, arena, given, steps=steps)
-            reached = best_token(result.logits, arena.options) == target
-            shares[name].append(float(reached.float().mean()))
-    return shares
 
 
 def example(arena: Arena, given: dict) -> dict:

@@ -1,7 +1,8 @@
 """Controls: NGD without what is said to make it work, and what labels alone would do.
 
 Each is a function (arena, **settings) -> RemixResult, as all methods are. None sees a label of the
-prompts, but the oracle and its null, which say so. Letters in the shape comments: see arena.py.
+prompts, but the oracle and
+`random_wrong_label`, which say so. Letters in the shape comments: see arena.py.
 """
 
 from dataclasses import replace
@@ -51,8 +52,10 @@ def oracle(arena: Arena, **settings):
     return towards(arena, arena.labels, settings)
 
 
-def oracle_null(arena: Arena, **settings):
-    """NGD towards a random wrong label: were it reached as often, the oracle showed only force."""
+def random_wrong_label(arena: Arena, **settings):
+    """NGD towards a random wrong label: can steps force just any answer?
+
+    It is no null of the oracle, since such a label is improbable beforehand; see reach.py."""
     return towards(arena, wrong_labels(arena), settings)
 
 

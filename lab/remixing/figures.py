@@ -7,23 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
+from lab.remixing.reach import RIGHT, WRONG
+from lab.remixing.tables import WRONG_LABEL
 from lab.tools.figures import BLUE, GREY, INK, ORANGE, figure, keep
+from lab.tools.statistics import with_interval
 
 COLOURS = {"mode finding": ORANGE, "kernel regression": ORANGE, "NGD": ORANGE, "oracle": GREY}
 POINT = {"marker": "o", "markersize": 3}
+FEWEST = 10  # a point of the matched null stands for so many targets at least
+TICKS = (0.0002, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def contest_figures(result: dict, stem: str) -> list[Path]:
-    """The figures of a contest: accuracy by method; the oracle against its null; a pathway before
-    and after. stem: the paths begin with it."""
-    paths = [Path(f"{stem}{end}.png") for end in ("", "-oracle", "-pathway")]
-    title = result["title"]
-    methods_figure(result["rows"], f"Accuracy by method: {title}", paths[0])
-
-    split = title.split(",")[-1].strip()
-    reach = dict(result["reach"])
-    steps = reach.pop("steps")
-    oracle_figure(steps, reach, f"Where ten steps lead: {split}, one seed", paths[1])
+    """The figures of a contest: accuracy by method; a pathway before and after. stem: the paths
+    begin with it."""
+    paths = [Path(f"{stem}{end}.png") for end in ("", "-pathway")]
+    methods_figure(result["rows"], f"Accuracy by method: {result['title']}", paths[0])
 
     example = result["example"]
     before, after = example["right"]
@@ -32,13 +31,13 @@ def contest_figures(result: dict, stem: str) -> list[Path]:
     text += f"P(right answer) goes from {before:.0%} to {after:.0%}"
     shown = list(example["panels"].items())[:3]  # of the neighbours only the nearest
     pathways = {name: np.array(rows) for name, rows in shown}
-    pathway_figure(pathways, example["rows"], text, paths[2])
+    pathway_figure(pathways, example["rows"], text, paths[1])
     return paths
 
 
 def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
-    """Accuracy by method, with the interval of the gain. The null's is another thing: left out."""
-    names = [name for name in rows if name != "oracle's null"]
+    """Accuracy by method, with the interval of the gain. WRONG_LABEL is left out."""
+    names = [name for name in rows if name != WRONG_LABEL]
     fig, ax = figure(7.5, 1.2 + 0.27 * len(names))
     base = 100 * rows["base"]["accuracy"]
     heights = range(len(names))[::-1]
@@ -78,27 +77,81 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
     return keep(fig, path)
 
 
-def oracle_figure(
-    steps: list[int],
-    reach: dict[str, list[float]],
-    title: str,
-    path: Path | None = None,
-):
-    """How many prompts the oracle and its null lead to their target, by the number of steps."""
-    fig, ax = figure(5.5, 3.2)
+def reach_figure(reach: dict, title: str, path: Path | None = None):
+    """How often the oracle's steps reach a label, against the label's probability beforehand.
+
+    reach: of reach.py; the right label beside wrong ones."""
+    fig, ax = figure(7, 3.8)
     styles = {
-        "oracle": ("towards the right label (oracle)", ORANGE),
-        "oracle's null": ("towards a random wrong label (its null)", BLUE),
+        RIGHT: ("the right label of prompts answered wrong", ORANGE, "o"),
+        WRONG: ("wrong labels of the same prompts", BLUE, "s"),
     }
-    for name, shares in reach.items():
-        label, colour = styles[name]
-        percent = [100 * share for share in shares]
-        ax.plot(steps, percent, color=colour, label=label, **POINT)
-    ax.set(xlabel="steps of gradient descent", ylabel="prompts that get there (%)")
-    ax.set(ylim=(0, 102), xticks=steps)
-    ax.set_title(title, color=INK, fontsize=10)
-    ax.legend(fontsize=8, frameon=False, loc="center right")
+    for name, (label, colour, marker) in styles.items():
+        rows = [row for row in reach[name] if row["targets"] >= FEWEST]
+        prior = [row["prior"] for row in rows]
+        for row in rows:
+            ends = [100 * row["low"], 100 * row["high"]]
+            ax.plot([row["prior"]] * 2, ends, color=colour, linewidth=2, alpha=0.6)
+        share = [100 * row["mean"] for row in rows]
+        ax.plot(prior, share, color=colour, marker=marker, markersize=5, label=label)
+    ax.set_xscale("log")
+    ax.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    ax.minorticks_off()
+    ax.set(xlabel="the label's probability along the model's own pathway", ylim=(0, 102))
+    ax.set_ylabel("led to that label by ten steps (%)")
+    ax.set_title(title, color=INK, fontsize=11)
+    ax.legend(fontsize=9, frameon=False, loc="upper left")
     return keep(fig, path)
+
+
+def knowledge_figure(result: dict, title: str, path: Path | None = None):
+    """Left: what explains the variance of pathways. Right: what is answered along them.
+
+    result: of knowledge.py. Beside each bar stands its orange share, with its interval."""
+    fig, (left, right) = figure(9.5, 3.5, ncols=2)
+    explained = {
+        "natural pathways": result["variance"]["natural"],
+        "mended pathways": result["variance"]["mended"],
+        "corrections": result["variance"]["corrections"],
+    }
+    stacked(left, explained, ("#9a9a9a", "#d0d0d0", ORANGE, "#56B4E9"))
+    left.set(xlabel="what explains their variance (%)")
+
+    answered = {
+        "along its own\npathway": result["exchange"]["natural"],
+        "along the other\nreading's, natural": result["exchange"]["natural, other reading"],
+        "along the other\nreading's, mended": result["exchange"]["mended, other reading"],
+    }
+    stacked(right, answered, (BLUE, ORANGE, "#d0d0d0"))
+    right.set(xlabel="what a prompt of an ambiguous cue answers (%)")
+    fig.suptitle(title, color=INK, fontsize=11)
+    return keep(fig, path)
+
+
+def stacked(ax, bars: dict[str, dict], colours: tuple):
+    """Horizontal bars of shares that sum to 1, the first bar on top, with a legend above."""
+    for height, shares in enumerate(bars.values()):
+        start = 0.0
+        for row, colour in zip(shares.values(), colours, strict=True):
+            width = 100 * row["mean"]
+            ax.barh(height, width, left=start, color=colour, height=0.62)
+            if width > 6:
+                ink = "white" if colour in (BLUE, ORANGE) else INK
+                place = (start + width / 2, height)
+                ax.text(*place, f"{width:.0f}", ha="center", va="center", color=ink, fontsize=10)
+            if colour == ORANGE:
+                text = with_interval(row).replace(" (", "\n(")
+                ax.text(102, height, text, va="center", color=ORANGE, fontsize=9)
+            start += width
+
+    # The legend: bars without a width.
+    names = next(iter(bars.values()))
+    for name, colour in zip(names, colours, strict=True):
+        ax.barh(0, 0, color=colour, label=name)
+    ax.legend(fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
+    ax.set(xlim=(0, 100))
+    ax.set_yticks(range(len(bars)), list(bars), fontsize=9)
+    ax.invert_yaxis()
 
 
 def pathway_figure(

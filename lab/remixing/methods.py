@@ -146,7 +146,9 @@ METHODS = {
         tuned={"skills": {"noise": 0.3, "layers": "all"}},
     ),
     "oracle": Method(controls.oracle, like="NGD"),
-    "oracle's null": Method(controls.oracle_null, like="NGD", target=controls.wrong_labels),
+    "random wrong label": Method(
+        controls.random_wrong_label, like="NGD", target=controls.wrong_labels
+    ),
 }
 
 

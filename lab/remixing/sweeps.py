@@ -115,20 +115,29 @@ SWEEPS = {  # what is varied -> value -> (arena) -> RemixResult
 
 
 def sweeps(arenas: list[Arena]) -> dict[str, dict]:
-    """NGD with one setting varied at a time -> what is varied -> value -> accuracy, gain, ..."""
+    """NGD with one setting varied at a time -> what is varied -> value -> accuracy, gain, ...
+
+    change: what it gains over NGD as it was tuned."""
     clusters = [arena.clusters for arena in arenas]
     bases = [judged(arena, own_answers) for arena in arenas]
+    tuned = [judged(arena, with_settings) for arena in arenas]
     result = {}
     for what, variations in tqdm(SWEEPS.items(), leave=False, disable=None, desc="sweeps"):
         result[what] = {}
         for value, variation in variations.items():
-            runs = []
-            for arena, base in zip(arenas, bases, strict=True):
-                runs.append({"base": base, "NGD": judged(arena, variation)})
-            row = pooled(runs, clusters)["NGD"]
-            shown = {key: row[key] for key in ("accuracy", "gain", "low", "high")}
-            result[what][value] = shown
+            outcomes = [judged(arena, variation) for arena in arenas]
+            row = compared(outcomes, bases, clusters)
+            result[what][value] = row | {"change": compared(outcomes, tuned, clusters)}
     return result
+
+
+def compared(outcomes, others, clusters) -> dict[str, float]:
+    """The accuracy of some outcomes, and their gain over others on the same prompts."""
+    runs = []
+    for outcome, other in zip(outcomes, others, strict=True):
+        runs.append({"base": other, "NGD": outcome})
+    row = pooled(runs, clusters)["NGD"]
+    return {key: row[key] for key in ("accuracy", "gain", "low", "high")}
 
 
 # ------------------------------------------------------------------------------ tuning on dev

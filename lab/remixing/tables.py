@@ -15,11 +15,12 @@ TESTS = {
     "kernel regression": "NGD",
     "unfiltered": "corrections",
 }
-NO_GAIN = ("base", "oracle's null")  # a gain over base says nothing about these
+WRONG_LABEL = "random wrong label"  # the row whose accuracy is how often that is reached
+NO_GAIN = ("base", WRONG_LABEL)  # a gain over base says nothing about these
 LEGEND = """\
 gain: over base; fixed of the wrong, broken of the right; gap closed: gain / the oracle's; rerouted:
 prompts that visit other experts; ms: of processor time for a prompt; cost: in forward passes of
-base; both share what is paid once; accuracy of the null: its wrong label is reached"""
+base; both share what is paid once; accuracy of a random wrong label: that label is reached"""
 
 
 def with_interval(row: dict) -> list[str]:
@@ -128,7 +129,7 @@ def sweep_table(sweeps: dict[str, dict]) -> str:
 
 def gain_table(first: dict, second: dict) -> str:
     """Two contests on the same seeds: the gain of each method on either kind of model, and their
-    difference in pairs. Of base and the null it is the share of the prompts itself."""
+    difference in pairs. Of the rows in NO_GAIN it is the share of the prompts itself."""
     lines = []
     for name in first["rows"]:
         if name in second["rows"]:
@@ -142,8 +143,8 @@ def gain_table(first: dict, second: dict) -> str:
     text = table(lines, ["gain over base", *kinds, "difference", "p"])
     return (
         f"{text}\n\n{len(first['seeds'])} seeds; intervals of 95 %: of a gain by bootstrap over "
-        "seeds and cues, of a difference Student's t;\nbase and the null: the share of the prompts "
-        "that they lead to their label, right or wrong"
+        "seeds and cues, of a difference Student's t;\nbase, random wrong label: the share of the "
+        "prompts that are led to their label, right or wrong"
     )
 
 

@@ -26,9 +26,35 @@ def interval(values):
     return values.mean(), t * error
 
 
+def mean_interval(values) -> dict:
+    """The mean of independent values with its 95 % interval; of fewer than three the values alone:
+    two numbers make no interval."""
+    result = {"mean": float(np.mean(values)), "each": [float(value) for value in values]}
+    if len(values) > 2:
+        mean, half = interval(values)
+        result |= {"low": float(mean - half), "high": float(mean + half)}
+    return result
+
+
+def with_interval(share: dict) -> str:
+    """A share of `mean_interval`, in percent, as text."""
+    text = f"{share['mean']:.1%}"
+    if "low" in share:
+        text += f" ({share['low']:.1%} to {share['high']:.1%})"
+    return text
+
+
 def paired(a, b) -> float:
     """The p-value (two-sided) of a paired t-test: do a and b, a value for each seed, differ?"""
     return float(scipy_stats().ttest_rel(a, b).pvalue)
+
+
+def welch(a, b) -> tuple[float, float, float]:
+    """mean(a) - mean(b) of independent values, half the width of its confidence interval, and the
+    p-value (two-sided), by Welch's t-test: without pairs, and for unequal variances."""
+    test = scipy_stats().ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(LEVEL)
+    return float(low + high) / 2, float(high - low) / 2, float(test.pvalue)
 
 
 def share_interval(right: int, n: int):

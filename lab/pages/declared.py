@@ -1,0 +1,93 @@
+"""The tests that were named before their runs, for both papers: one list.
+
+Only these have a bold verdict in the table of claims; all else is exploratory.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lab.composing.effects import BASE, describe_effect, group_runs, main_kind, paired_effect
+from lab.pages.stored import runs, stored
+from lab.remixing.tables import TESTS
+from lab.tools.statistics import interval
+
+HEAD = "| declared | seeds | effect, with 95 % interval | p | asked for | verdict |\n"
+ARMS = {  # results/NAME.json -> what is said of its tests
+    "remix-skills-test": "",
+    "remix-skills-test-strict": ", no neighbour shares an operand",
+}
+COMPARISONS = {  # results/NAME.jsonl -> level of significance, what is said of it
+    "compare": (0.01, ""),
+    "second": (0.005, ", at rates chosen after 2,500 steps"),
+}
+UNTOLD = "cannot be told here"
+
+
+class Test(NamedTuple):
+    """A test that was named before its runs."""
+
+    claim: str
+    seeds: list[int]
+    effect: str
+    p: float  # of a paired t-test, two-sided
+    alpha: float  # what was asked of p
+    outcome: str  # what holds if p is small enough
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of the claim."""
+        return f"**{self.outcome if self.p < self.alpha else UNTOLD}**"
+
+
+def remixing_tests(name: str) -> dict[str, Test]:
+    """The tests of a comparison of re-mixing: rival -> test."""
+    result = stored(name)
+    rows, tests = result["rows"], {}
+    for rival, p in result["p"].items():
+        method = TESTS[rival]
+        mean, half = interval(np.subtract(rows[method]["each"], rows[rival]["each"]))
+        tests[rival] = Test(
+            f"{method} is better than {rival}{ARMS[name]}",
+            result["seeds"],
+            f"{100 * mean:+.1f} ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}) points",
+            p,
+            0.01,
+            "holds here" if mean > 0 else "the other way",
+        )
+    return tests
+
+
+def cartesian_test(name: str) -> Test:
+    """The test of a comparison of presets: Cartesian against fine-grained experts."""
+    kinds = group_runs(runs(name), 2500)
+    (_, ours), (_, theirs) = (main_kind(kinds, preset) for preset in ("cartesian", BASE))
+    effect = paired_effect(test_losses(ours), test_losses(theirs))
+    text, _, outcome = describe_effect(effect).partition(": ")
+    outcome = {"lower": "holds here", "higher": "the other way"}.get(outcome, outcome)
+    alpha, words = COMPARISONS[name]
+    claim = f"cartesian has a lower perplexity than {BASE}{words}"
+    seeds = sorted(ours.keys() & theirs.keys())
+    return Test(claim, seeds, text, effect.p, alpha, outcome)
+
+
+def test_losses(seeds: dict[int, dict]) -> dict[int, float]:
+    """The test loss of each seed."""
+    return {seed: run["test"]["loss"] for seed, run in seeds.items()}
+
+
+def declared_table() -> str:
+    """All tests, in markdown."""
+    tests = [test for name in ARMS for test in remixing_tests(name).values()]
+    tests += [cartesian_test(name) for name in COMPARISONS]
+    text = HEAD + "|---|---|---|---|---|---|\n"
+    for test in tests:
+        seeds = f"{test.seeds[0]} to {test.seeds[-1]}"
+        cells = [test.claim, seeds, test.effect, p_value(test.p), f"p < {test.alpha}", test.verdict]
+        text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def p_value(p: float) -> str:
+    """A p-value, as people write it."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"

@@ -1,0 +1,21 @@
+"""What commands wrote to results/, read for the pages."""
+
+import json
+from pathlib import Path
+
+from lab.composing.compare import read_runs
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+def stored(name: str):
+    """What a command wrote to results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def runs(*names: str) -> list[dict]:
+    """The runs of some comparisons of presets in results/."""
+    lines = []
+    for name in names:
+        lines += read_runs(str(RESULTS / f"{name}.jsonl"))
+    return lines

@@ -508,7 +508,8 @@ print(cli.table(lines, ["share of the variance", *LEVELS]))
 # nearly the same for either reading, and cannot carry what the prompt lacks. That is why mode
 # finding and kernel regression have nothing to gain here. In corrections the reading is the largest
 # share: an average of *those* can carry it, and needs no gradient for a new prompt
-# (`corrections` in [remix.py](../remix.py); docs/c3po.md has what it gains). Kernel regression can work where natural pathways differ in what the prompt lacks.
+# (`corrections` in [remix.py](../remix.py); docs/c3po.md has what it gains). Kernel regression can
+# work where natural pathways differ in what the prompt lacks.
 #
 # ## Does it really help? Look where
 #

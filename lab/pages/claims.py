@@ -120,7 +120,7 @@ def remixing_rows(name: str, knowledge: dict) -> list[tuple]:
             "85.2",
             f"{share['oracle']}: {gains['oracle']}; where the model is wrong, its steps lead to "
             f"the right label in {reached[RIGHT]}, to wrong ones as probable in {reached[WRONG]}",
-            headroom(rows["oracle"], null["difference"]),
+            direction(rows["oracle"]),
         ),
         (
             "few right answers are broken",
@@ -135,12 +135,6 @@ def remixing_rows(name: str, knowledge: dict) -> list[tuple]:
             *ngd_minus(rows, "larger, dense"),
         ),
     ]
-
-
-def headroom(oracle: dict, difference: dict) -> str:
-    """What the oracle shows: that pathways can do more, and perhaps that the model knows more."""
-    verdict = direction(oracle)
-    return verdict if difference["low"] > 0 else f"{verdict}; no sign of knowledge"
 
 
 def setting_rows(sweeps: dict) -> list[tuple]:

@@ -12,7 +12,6 @@ import copy
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +33,7 @@ from lab.checkpoints.untrusted import (
     require_tensors,
     room,
 )
+from lab.tools.files import whole_folder
 from moe import (
     Experts,
     MoE,
@@ -378,15 +378,11 @@ def save(model, path):
     name, raw = write_config(model)
     require(not path.exists(), f"{path} is there already; name a new folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            folder = Path(temporary, path.name)
-            folder.mkdir()
+        with whole_folder(path) as folder:
             config, weights = folder / "config.json", folder / "model.safetensors"
             config.write_text(json.dumps(raw, indent=2), encoding="utf-8")
             save_file(dict(pieces(model, name)), weights, {"format": "pt"})
             weights.chmod(config.stat().st_mode)  # the library lets nobody else read it
-            folder.replace(path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {one_line(error)}") from error
 

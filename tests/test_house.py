@@ -21,7 +21,7 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     "data.py": {"moe", "checks", "lab.tools.texts", "lab.tools.cli", "lab.tools.files"},
     "pathways": {"moe", "checks", "pathways", "lab.tools.files", "lab.tools.processes"},
     "remix.py": {"moe", "checks", "pathways"},
-    "hf.py": {"moe", "checks", "lab.checkpoints.untrusted"},
+    "hf.py": {"moe", "checks", "lab.checkpoints.untrusted", "lab.tools.files"},
     "lab/tools": MODELS | {"lab.tools", "lab.composing.presets"},
     "lab/tools/cli.py": set(),
     "lab/tools/processes.py": set(),

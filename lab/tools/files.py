@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import socket
 from contextlib import contextmanager
 from glob import escape
@@ -153,14 +154,35 @@ def temporary(path: Path):
         file.close()
 
 
+@contextmanager
+def whole_folder(path: Path):
+    """Yield a new folder. It becomes the folder at `path`, whole or not at all.
+
+    OSError where something is there, at the end at the latest.
+    """
+    remove_leftovers(path)
+    folder = new_folder(Path(f"{path}.{secrets.token_hex(4)}.tmp"))
+    try:
+        with owned_folder(folder):
+            yield folder
+            (folder / ".lock").unlink()
+            folder.rename(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_leftovers(path: Path):
-    """Remove temporary files of `path` that nobody is writing: their process was killed."""
+    """Remove temporary files or folders of `path` that nobody owns: their process was killed."""
     if fcntl is None:
         return
     for leftover in path.parent.glob(f"{escape(path.name)}.*.tmp"):
         try:
-            with open(leftover, "ab") as file:
-                if lock(file):
+            with open(leftover / ".lock" if leftover.is_dir() else leftover, "ab") as file:
+                if not lock(file):
+                    continue
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
                     leftover.unlink(missing_ok=True)
         except FileNotFoundError:
             continue  # another process was faster

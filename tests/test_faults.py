@@ -98,3 +98,13 @@ def test_commands_are_for_a_shell():
         ["--no-twin", "--model", "dense", "--seed", "5", "--seeds", "1"],
         ["--seed", "6", "--seeds", "1"],
     ]
+
+
+LARGE = ["--batch", "--d-model", "--n-layers", "--n-experts", "--d-expert", "--d-shared"]
+
+
+@pytest.mark.parametrize("flag", LARGE)
+def test_sizes_that_cannot_fit(flag, train, complaint):
+    """What is needed and what is there is told before anything is made."""
+    assert train(f"{flag} {2**33}") == 1
+    assert "need at least" in complaint() and not Path("out").exists()

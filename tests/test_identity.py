@@ -17,7 +17,7 @@ import train_toy
 from data import TextData
 from lab.checkpoints.benchmarks import Item, not_asked
 from lab.remixing import arena
-from lab.tools import files
+from lab.tools import files, texts
 from lab.tools.texts import BLOCK, END, LONGEST, documents, encode, tokenizer
 from moe import MoEConfig, MoETransformer, Router
 from pathways import ReferenceSet, fingerprint
@@ -116,6 +116,25 @@ def test_another_content(change, states, tmp_path, monkeypatch):
     apply()
     assert faults.child(job.work)[0] == 0
     assert job.result() == result != expected
+
+
+def test_a_text_that_grows_is_not_kept(tmp_path, monkeypatch):
+    """Tokens of a text that changes while it is read have no name: they are made again."""
+    path = tmp_path / "book.txt"
+    path.write_text(stories(0, 50))
+
+    def growing(path):
+        for document in documents(path):
+            yield document
+            path.write_text(stories(0, 60))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(texts, "documents", growing)
+        with refused("changed while it was tokenised"):
+            texts.read_tokens(path, tokenizer("bytes"), tmp_path / "tokens")
+    assert not [*tmp_path.glob("tokens/*")]
+    tokens, _ = texts.read_tokens(path, tokenizer("bytes"), tmp_path / "tokens")
+    assert (tokens == 256).sum() == 60
 
 
 @pytest.mark.full

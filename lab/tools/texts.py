@@ -123,15 +123,20 @@ def documents(path: str) -> Iterator[tuple[str, bool]]:
     inside = False  # whether blocks of this document have come before
     count = 0
     for line in lines(path):
+        # Collect lines, up to the end of the document or of a block.
         ended = line == ""
         block.append(line)
         size += len(line)
         if not ended and size < BLOCK:
             continue
+
+        # Of a long document, keep what stands behind the cut for the next block.
         text = "".join(block)
         end = len(text) if ended else place_to_cut(text)
         block, size = [text[end:]], len(text) - end
         text = text[:end]
+
+        # Take the blanks away around the document, but not around its blocks.
         if not inside:
             text = text.lstrip()
         if ended:

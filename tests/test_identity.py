@@ -166,6 +166,7 @@ def test_runs_of_earlier_versions_open(name, states, tmp_path, monkeypatch):
     code, said = faults.child(job.work)
     assert code == 0 and "of an earlier version" in said
     assert job.result() == expected
+    assert faults.child(faults.score)[0] == 0  # also after it was continued
 
 
 class Doubting(Router):

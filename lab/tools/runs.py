@@ -225,7 +225,8 @@ def read_state(folder: Path):
     if "settings" not in about:  # an earlier version
         config = folder / "config.json"
         require_file(config)
-        about["settings"] = config.read_text(encoding="utf-8", errors="replace")
+        text = config.read_text(encoding="utf-8", errors="replace")
+        about["settings"] = json.dumps(settings_of(text, config))
     return state, about
 
 

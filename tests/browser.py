@@ -22,10 +22,11 @@ def chromium() -> str | None:
 
 
 class Browser:
-    """One page in a browser of its own."""
+    """One page in a browser of its own. calm: the reader wants no animations."""
 
-    def __init__(self, width=1280, height=800, dark=False, mobile=False):
-        self.profile = tempfile.TemporaryDirectory()
+    def __init__(self, width=1280, height=800, dark=False, mobile=False, calm=True):
+        self.mobile = mobile
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         theirs, self.commands = os.pipe()
         self.answers, ours = os.pipe()
 
@@ -55,15 +56,20 @@ class Browser:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         self.send("Emulation.setTouchEmulationEnabled", enabled=mobile)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        wishes = {
+            "prefers-color-scheme": "dark" if dark else "light",
+            "prefers-reduced-motion": "reduce" if calm else "no-preference",
+        }
+        features = [{"name": name, "value": value} for name, value in wishes.items()]
+        self.send("Emulation.setEmulatedMedia", features=features)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.process.terminate()
-        self.process.wait()
+        self.session = None
+        self.send("Browser.close")
+        self.process.wait(20)
         os.close(self.commands)
         os.close(self.answers)
         self.profile.cleanup()
@@ -118,37 +124,33 @@ class Browser:
         return answer["result"].get("value")
 
     def click(self, selector: str):
-        """Press an element with the mouse."""
-        x, y = self.centre(selector)
-        for kind in ("mousePressed", "mouseReleased"):
-            self.mouse(kind, x, y)
+        """Press an element, with the mouse or a finger."""
+        self.drag(selector, 0)
 
     def drag(self, selector: str, by: float):
-        """Drag an element up by so many pixels, with the mouse."""
+        """Drag an element up by so many pixels, with the mouse or a finger."""
         x, y = self.centre(selector)
-        self.mouse("mousePressed", x, y)
-        for tenth in range(1, 11):
-            self.mouse("mouseMoved", x, y - by * tenth / 10)
-        self.mouse("mouseReleased", x, y - by)
+        points = [(x, y - by * tenth / 10) for tenth in range(1, 11)] if by else []
+        touch = self.touch if self.mobile else self.mouse
+        touch("start", x, y)
+        for point in points:
+            touch("move", *point)
+        touch("end", x, y - by)
 
-    def swipe(self, selector: str, by: float):
-        """Drag an element up by so many pixels, with a finger."""
-        x, y = self.centre(selector)
-        for kind, points in (
-            ("touchStart", [{"x": x, "y": y}]),
-            *(("touchMove", [{"x": x, "y": y - by * tenth / 10}]) for tenth in range(1, 11)),
-            ("touchEnd", []),
-        ):
-            self.send("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+    def touch(self, kind: str, x: float, y: float):
+        names = {"start": "touchStart", "move": "touchMove", "end": "touchEnd"}
+        points = [] if kind == "end" else [{"x": x, "y": y}]
+        self.send("Input.dispatchTouchEvent", type=names[kind], touchPoints=points)
+
+    def mouse(self, kind: str, x: float, y: float):
+        names = {"start": "mousePressed", "move": "mouseMoved", "end": "mouseReleased"}
+        buttons = {"button": "left", "buttons": 1, "clickCount": 1}
+        self.send("Input.dispatchMouseEvent", type=names[kind], x=x, y=y, **buttons)
 
     def key(self, name: str):
         """Press a key."""
         for kind in ("keyDown", "keyUp"):
             self.send("Input.dispatchKeyEvent", type=kind, key=name, code=name)
-
-    def mouse(self, kind: str, x: float, y: float):
-        buttons = {"button": "left", "buttons": 1, "clickCount": 1}
-        self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, **buttons)
 
     def centre(self, selector: str) -> tuple[float, float]:
         """The middle of an element, scrolled into view."""

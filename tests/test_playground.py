@@ -1,6 +1,5 @@
 """The playground: the page computes what remix.py computes, and its buttons do what they say."""
 
-import base64
 import json
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from browser import Browser, chromium
 
 from data import SkillsTask
 from lab.composing.presets import build_model
-from lab.playground.page import assemble, data_of, page_data
+from lab.playground.page import assemble, data_of, model_of, page_data
 from lab.remixing.arena import Arena
 from lab.remixing.controls import towards
 from pathways import ReferenceSet, Tail, similarity
@@ -28,19 +27,8 @@ def test_the_page_in_docs_is_of_now():
     """The page of the default run is small, and made of the sources as they are now."""
     page = DOCS.read_text(encoding="utf-8")
     assert len(page.encode()) < 3e6
-    hint = "python -m lab.playground.page docs/playground.html"
+    hint = "python -m lab.playground.animation makes it anew"
     assert page == assemble(data_of(page)), hint
-
-
-def torch_model(data: dict):
-    """The model of a page, in float64."""
-    model = build_model(data["config"]).double().eval()
-    halves = torch.frombuffer(bytearray(base64.b64decode(data["weights"])), dtype=torch.float16)
-    sizes = [weight.numel() for weight in model.parameters()]
-    with torch.no_grad():
-        for weight, half in zip(model.parameters(), halves.split(sizes), strict=True):
-            weight.copy_(half.view(weight.shape))
-    return model
 
 
 def called(browser, name: str, *values):
@@ -58,7 +46,7 @@ def browser():
 @pytest.fixture(scope="module")
 def arena():
     """50 prompts for the model of the page in docs."""
-    model, task = torch_model(data_of(DOCS.read_text(encoding="utf-8"))), SkillsTask(0)
+    model, task = model_of(data_of(DOCS.read_text(encoding="utf-8"))).double(), SkillsTask(0)
     solved, asked = task.problems("reference"), task.problems("dev")
     corpus = as_tuples(*task.corpus())
     references = ReferenceSet.build(model, solved.tokens, solved.labels, corpus=corpus)
@@ -126,7 +114,7 @@ def test_every_kind_of_model(kind, browser, tmp_path):
     data = page_data(random_model(**KINDS[kind]), task, "random")
     path.write_text(assemble(data), encoding="utf-8")
     browser.open(path)
-    model = torch_model(data)
+    model = model_of(data).double()
     tail = Tail(model)
     tokens, lengths = torch.tensor([[43, 2, 7, 20, 9, 44]]), torch.tensor([6])
     prefix = tail.cut(tokens, lengths)
@@ -138,3 +126,130 @@ def test_every_kind_of_model(kind, browser, tmp_path):
     expected = {"own": model(tokens).logits[0, -1], "logits": logits[0], "rows": pathway.grad[0]}
     for name, numbers in expected.items():
         torch.testing.assert_close(torch.tensor(shown[name]).double(), numbers, **CLOSE)
+
+
+# ------------------------------------------------------------------------------- pressing buttons
+
+
+@pytest.fixture(params=["laptop", "phone", "dark"])
+def fresh(request):
+    """The page of docs as it opens, on three kinds of screen; afterwards nothing had complained."""
+    screens = {
+        "laptop": {},
+        "phone": {"width": 390, "height": 844, "mobile": True},
+        "dark": {"dark": True},
+    }
+    with Browser(**screens[request.param]) as browser:
+        browser.open(DOCS)
+        yield browser
+        assert browser.problems == []
+
+
+WHERE = """({
+    pathway: state.pathway.map((row) => [...row]),
+    sums: state.pathway.map(sum),
+    verdict: at("verdict").textContent,
+    score: at("score").textContent,
+    losses: state.line,
+    hint: document.querySelector(".hint")?.id,
+    right: largest(model.forward(state.tokens, state.pathway).logits, 1)[0] === state.label,
+})"""
+
+
+@pytest.mark.full
+@needs_browser
+def test_an_expert_is_dragged(fresh):
+    """The marked expert, dragged up, mends the answer; its row is still of sum 1; reset resets."""
+    before = fresh.run(WHERE)
+    assert not before["right"] and "✗ Right is" in before["verdict"]
+    _, r, e = before["hint"].split("-")
+    fresh.drag(f"#{before['hint']}", 66)  # by 60 %
+    after = fresh.run(WHERE)
+    share = before["pathway"][int(r)][int(e)]
+    assert after["pathway"][int(r)][int(e)] == pytest.approx(share + 0.6, abs=0.02)
+    assert after["sums"] == pytest.approx([1.0] * len(after["sums"]))
+    assert after["right"] and after["score"] == "✓ Mended in 1 move!"
+    changed = [a != b for a, b in zip(before["pathway"], after["pathway"], strict=True)]
+    assert changed == [place == int(r) for place in range(len(changed))]  # no other row
+    fresh.click("#own")
+    assert fresh.run(WHERE)["pathway"] == before["pathway"]
+
+
+@pytest.mark.full
+@needs_browser
+def test_an_expert_is_moved_by_keys(browser):
+    """Tab leads to one expert; arrows move it and choose another one; a screen reader hears it."""
+    browser.open(DOCS)
+    browser.run("cellAt(0, 0).focus()")
+    for key in ("ArrowRight", "PageUp", "ArrowUp", "ArrowUp"):
+        browser.key(key)
+    cell = "document.activeElement"
+    assert browser.run(f"{cell}.id") == "cell-1-1"
+    share = browser.run("state.pathway[1][1] - state.own.pathway[1][1]")
+    assert share == pytest.approx(0.1)
+    heard = browser.run(
+        f"['role', 'aria-label', 'aria-valuetext'].map(n => {cell}.getAttribute(n))"
+    )
+    assert heard[:2] == ["slider", "layer 1, expert 1"] and "%" in heard[2]
+    assert (
+        browser.run("[...document.querySelectorAll('.cell')].filter(c => !c.tabIndex).length") == 1
+    )
+    assert browser.run("at('caption').textContent").startswith("layer 1, expert 1: ")
+    for key, expected in {"End": 1, "Home": 0}.items():
+        browser.key(key)
+        assert browser.run("state.pathway[1][1]") == expected
+        assert browser.run("sum(state.pathway[1])") == pytest.approx(1)
+
+
+@pytest.mark.full
+@needs_browser
+def test_ten_steps(fresh):
+    """Ten steps, one by one or all, lower the neighbours' loss, keep the best, mend the answer."""
+    for _ in range(11):
+        fresh.click("#step")
+    by_hand = fresh.run(WHERE)
+    assert len(by_hand["losses"]) == 11 and by_hand["right"]
+    assert fresh.run("at('step').disabled")
+    assert fresh.run("state.line[state.kept]") == min(by_hand["losses"])
+    fresh.click("#again")
+    assert len(fresh.run(WHERE)["losses"]) == 1
+    fresh.click("#ten")
+    assert fresh.run("at('ten').textContent") == "Stop"
+    fresh.run(DONE)
+    assert fresh.run(WHERE)["losses"] == pytest.approx(by_hand["losses"])
+
+
+DONE = """new Promise((resolve) => {
+    const look = () => (state.playing ? setTimeout(look, 50) : resolve());
+    look();
+})"""
+
+
+@pytest.mark.full
+@needs_browser
+def test_every_guide(browser):
+    """Choosing what to follow runs its method; the oracle and its null get where they aim."""
+    browser.open(DOCS)
+    for guide in ("random", "regression", "crowd", "oracle", "wrong"):
+        browser.click(f"#guides input[value={guide}]")
+        browser.run(DONE)
+        assert browser.run("state.kept") is not None and len(browser.run("state.line")) == 11
+    assert browser.run("state.line.at(-1) < state.line[0]")
+    browser.click("#challenge")
+    assert not browser.run(WHERE)["right"]
+    assert browser.problems == []
+
+
+@pytest.mark.full
+@needs_browser
+def test_a_question_of_ones_own(browser):
+    """Menus ask any question, and the page knows what is right."""
+    browser.open(DOCS)
+    browser.run("at('own-question').open = true")
+    task = SkillsTask(0)
+    for name, value in {"dialect": 2, "a": 3, "b": 4, "cue": 20}.items():
+        menu = f"document.querySelector('[name={name}]')"
+        browser.run(f"{menu}.value = {value}, {menu}.onchange()")
+    assert browser.run("state.tokens") == [45, 3, 4, 36]
+    assert browser.run("state.label") == task.answer[20, 2, 3, 4]
+    assert browser.run("state.other") == task.other[20, 2, 3, 4]

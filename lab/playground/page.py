@@ -3,8 +3,6 @@
 `python eval.py playground` writes it. The page computes everything live, from the run's weights in
 half precision: model.js and remix.js do there what moe.py and remix.py do here. It takes every run
 whose routers choose by softmax; `require_playable` names what it cannot take.
-
-python -m lab.playground.page docs/playground.html    the same data in the page as it is now
 """
 
 import base64
@@ -17,11 +15,11 @@ import numpy as np
 import torch
 
 from data import SKILLS, Problems
+from lab.composing.presets import build_model
 from lab.remixing.arena import selected
 from lab.remixing.methods import METHODS
 from lab.scores.evaluation import places
 from lab.scores.specialisation import specialisation
-from lab.tools import cli
 from moe import require
 from pathways import ReferenceSet
 from pathways.checks import as_tuples
@@ -65,8 +63,10 @@ def page_data(model, task, name: str) -> dict:
     weights = dict(model.named_parameters())
     halves = torch.cat([weight.detach().flatten() for weight in weights.values()]).half()
     settings = RemixConfig(**task.remix_settings | METHODS["NGD"].tuned.get(task.name, {}))
-    references, asked = references_of(model, task), problems_of(task)
     skills = task.name == "skills"
+    references, asked = references_of(model, task), problems_of(task)
+    if skills:
+        asked = selected(asked, helped_most(model, asked, references, settings))
     return {
         "name": name,
         "task": task.name,
@@ -79,7 +79,6 @@ def page_data(model, task, name: str) -> dict:
         "references": reference_data(references, settings.k),
         "prompts": packed_prompts(asked.tokens, asked.lengths),
         "labels": asked.labels.tolist(),
-        "first": first_prompt(model, asked, references, settings) if skills else 0,
         "favourites": favourites(model, task),
         "words": skills_words(task) if skills else text_words(task),
     }
@@ -106,6 +105,17 @@ def halve(model):
     """Round all weights to half precision, in place."""
     for weight in model.parameters():
         weight.copy_(weight.half())
+
+
+@torch.no_grad()
+def model_of(data: dict):
+    """The model of a page, from its data."""
+    model = build_model(data["config"]).eval()
+    halves = torch.from_numpy(unpacked(data["weights"]).view(np.float16))
+    sizes = [weight.numel() for weight in model.parameters()]
+    for weight, half in zip(model.parameters(), halves.split(sizes), strict=True):
+        weight.copy_(half.view(weight.shape))
+    return model
 
 
 # ---- prompts
@@ -160,14 +170,19 @@ def packed(numbers) -> str:
     return base64.b64encode(numbers.tobytes()).decode()
 
 
-def first_prompt(model, asked: Problems, references: ReferenceSet, settings: RemixConfig) -> int:
-    """The prompt to begin with: answered by the cue's other reading, and helped most by NGD."""
+def helped_most(model, asked: Problems, references: ReferenceSet, settings: RemixConfig):
+    """Prompts of the skills task in order: first those misread by the model that NGD helps most."""
     result = remix(model, asked.tokens, references, settings)
     misread = result.logits_before.argmax(-1) == asked.about.other
     misread &= asked.about.other != asked.labels
     before, after = result.logits_before.softmax(-1), result.logits.softmax(-1)  # (n, V)
     gain = (after - before).gather(1, asked.labels[:, None])[:, 0]  # (n,)
-    return int((gain * misread).argmax())
+    return (gain * misread).argsort(descending=True)
+
+
+def unpacked(text: str) -> np.ndarray:
+    """What `packed` packed."""
+    return np.frombuffer(bytearray(base64.b64decode(text)), "<u2")
 
 
 # ---- words
@@ -208,18 +223,3 @@ def text_words(task) -> dict:
         "vocabulary": [base64.b64encode(token).decode() for token in tokens],
         "end": encoding.eot_token,
     }
-
-
-def main(argv) -> int:
-    """Put the data of a page into the page as it is now -> the exit code."""
-    if len(argv) != 1:
-        raise cli.Usage("expected a page: python -m lab.playground.page docs/playground.html")
-    path = Path(argv[0])
-    page = assemble(data_of(path.read_text(encoding="utf-8")))
-    path.write_text(page, encoding="utf-8")
-    print(f"wrote {path}, {len(page) / 1e6:.2f} MB")
-    return 0
-
-
-if __name__ == "__main__":
-    cli.program(main, __doc__)

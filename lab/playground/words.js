@@ -1,15 +1,6 @@
-// Prompts and answers in words. A speaker of a task has: prompts to choose from, `say` (a prompt),
-// `name` (a token), `truth` (what is known of a prompt), `shown` (the tokens with a bar), `choose`
-// (the form in which the reader makes a prompt of his own).
+// Prompts and answers in words: a speaker for each kind of task.
 
 "use strict";
-
-/** Prompts one behind the other -> lists of tokens. */
-function unpackPrompts({ lengths, tokens }) {
-  const all = Array.from(unpack(tokens));
-  let start = 0;
-  return Array.from(unpack(lengths), (length) => all.slice(start, (start += length)));
-}
 
 /** An HTML element with attributes and children. */
 function element(name, attributes = {}, ...children) {
@@ -19,83 +10,87 @@ function element(name, attributes = {}, ...children) {
   return node;
 }
 
-/** What a pathway is, for any task. */
-function aboutPathway({ config, places }) {
-  const many = config.router === "top_p" ? "best" : config.top_k;
-  const two = places.length > config.n_layers ? " (two rows a layer here, A and B)" : "";
-  return `Each row is a layer${two}, each square an expert: a small network. The layer's
-    <i>router</i> gives every expert a share, and the last token visits the ${many} with the largest
-    ones (framed); the others rest. All rows together are its <b>pathway</b>.`;
+const percent = (share) => `${Math.round(100 * share)} %`;
+
+/** Prompts one behind the other -> lists of tokens. */
+function unpackPrompts({ lengths, tokens }) {
+  const all = Array.from(unpack(tokens));
+  let start = 0;
+  return Array.from(unpack(lengths), (length) => all.slice(start, (start += length)));
 }
 
-const percent = (share) => `${Math.round(100 * share)} %`;
+/** What a pathway is. */
+function aboutPathway({ config, places }) {
+  const some = config.router === "top_p" ? "best" : `${config.top_k} best`;
+  const two = places.length > config.n_layers ? " (here of two, A and B)" : "";
+  return `Each row is a layer${two} of the model, each square an <b>expert</b>, a small network of
+    its own. A <b>router</b> gives every expert of its row a share of 100&nbsp;%. What is asked goes
+    through the ${some} in each row (framed); all others rest. The choice in all rows is its
+    <b>pathway</b>, from the bottom to the answer on top.`;
+}
 
 // ---------------------------------------------------------------------------- skills and dialects
 
 class SkillsSpeaker {
+  bars = "columns";
+  things = "answers";
+  another = "Another question that it gets wrong";
+  invitation = "Ask a question of your own";
+  praise = "Right.";
+  task = `The model has learnt a small language. Most of its cues mean one thing in two of four
+    dialects and another in the other two, as <i>pants</i> does in London and in New York. In
+    training the dialect was mostly hidden. So it knows both readings, and often takes the wrong
+    one.`;
+
   /** words: skills, results, meaning, numbers, firstCue, none. */
   constructor(words) {
     Object.assign(this, words);
-    this.bars = "columns";
-    this.thing = "answers";
-    this.another = "Another question that it gets wrong";
-    this.invitation = "Ask your own";
-    this.praise = "Right";
   }
 
-  lede({ parameters, config }) {
-    return `This page runs a whole mixture of experts, ${parameters.toLocaleString("en")} weights,
-      that has learnt to answer questions about two numbers. It knows the answers, but often takes
-      a wrong turn inside. <b>You can turn it the right way</b>, and no weight will change.`;
+  lede({ parameters }) {
+    return `In this page runs a whole mixture-of-experts model, ${parameters.toLocaleString("en")}
+      weights. It was asked a question and gives the wrong answer, though it knows better.
+      <b>Drag the expert with the arrow up</b> and see.`;
   }
 
-  task() {
-    return `A cue says what to do with two numbers. Most cues mean one thing in two of four
-      dialects and another in the other two, as <i>pants</i> does in London and in New York.
-      Training mostly hid the dialect: the model knows both readings, and is unsure which to use.`;
-  }
-
-  /** What is wrong with an answer. */
-  wanted(label, share) {
-    return `Right is ${label}, to which it gives ${percent(share)}`;
-  }
-
-  begin(prompts, { first, labels }) {
-    ask(prompts[first], labels[first]);
-  }
-
-  parts(tokens) {
-    const [marker, a, b, cue] = tokens;
+  parts([marker, a, b, cue]) {
     return { dialect: marker - this.none - 1, a, b, cue: cue - this.firstCue };
+  }
+
+  question(tokens) {
+    const { dialect, a, b, cue } = this.parts(tokens);
+    return `In dialect ${dialect}, what is cue ${cue} of ${a} and ${b}?`;
   }
 
   say(tokens) {
     const { dialect, a, b, cue } = this.parts(tokens);
-    return `dialect ${dialect}: cue ${cue} of ${a} and ${b}`;
-  }
-
-  name(token) {
-    return token < this.numbers ? String(token) : "?";
+    return `dialect ${dialect}, cue ${cue} of ${a} and ${b}`;
   }
 
   chips(tokens) {
-    const { dialect, a, b, cue } = this.parts(tokens);
-    return [`dialect ${dialect}`, `a = ${a}`, `b = ${b}`, `cue ${cue}`];
+    return Object.entries(this.parts(tokens)).map(([name, value]) => `${name} ${value}`);
   }
 
-  /** The right answer, the answer by the cue's other skill, and why. */
+  name(token) {
+    return token < this.numbers ? String(token) : "no number";
+  }
+
+  /** The right answer, the answer by the cue's other meaning, and why. */
   truth(tokens) {
     const { dialect, a, b, cue } = this.parts(tokens);
-    const place = a * this.numbers + b;
     const meanings = this.meaning[cue];
-    const skill = meanings[dialect];
-    const other = meanings.find((each) => each !== skill) ?? skill;
-    const says = (each) => meanings.flatMap((m, d) => (m === each ? [d] : [])).join(" and ");
-    const [label, otherLabel] = [this.results[skill][place], this.results[other][place]];
-    const own = `In dialect ${dialect}, cue ${cue} asks for ${this.skills[skill]}: `;
-    const clear = "It means that in every dialect.";
-    const two = `In dialects ${says(other)} it asks for ${this.skills[other]}: ${otherLabel}.`;
-    return { label, other: otherLabel, why: [own, `${label}.`, skill === other ? clear : two] };
+    const [skill, other] = [meanings[dialect], meanings.find((each) => each !== meanings[dialect])];
+    const result = (which) => this.results[which][a * this.numbers + b];
+    const label = result(skill);
+    const own = `Right is ${label}: there, cue ${cue} means ${this.skills[skill]}.`;
+    if (other === undefined) return { label, other: null, why: `${own} So it does everywhere.` };
+    const dialects = meanings.flatMap((each, d) => (each === other ? [d] : [])).join(" and ");
+    const else_ = `In dialects ${dialects} it means ${this.skills[other]}: ${result(other)}.`;
+    return { label, other: result(other), why: `${own} ${else_}` };
+  }
+
+  wanted(label, share) {
+    return `Right is ${label}, which gets ${percent(share)}.`;
   }
 
   /** All sixteen numbers. */
@@ -104,12 +99,12 @@ class SkillsSpeaker {
   }
 
   /** Four menus. */
-  choose(tokens, changed) {
-    const parts = this.parts(tokens);
+  form(tokens, changed) {
     const dialects = this.meaning[0].length;
     const sizes = { dialect: dialects, a: this.numbers, b: this.numbers, cue: this.meaning.length };
+    const parts = this.parts(tokens);
     const menus = Object.entries(sizes).map(([name, size]) => {
-      const menu = element("select", { id: `menu-${name}` });
+      const menu = element("select", { name });
       for (let i = 0; i < size; i++) menu.add(new Option(i, i, false, i === parts[name]));
       menu.onchange = () => {
         const [dialect, a, b, cue] = menus.map((each) => Number(each.value));
@@ -117,58 +112,58 @@ class SkillsSpeaker {
       };
       return menu;
     });
-    const labels = menus.map((menu, i) => element("label", {}, Object.keys(sizes)[i], " ", menu));
-    return element("p", { class: "menus" }, ...labels);
+    const labels = menus.map((menu) => element("label", {}, `${menu.name} `, menu));
+    return element("div", { class: "menus" }, ...labels);
+  }
+
+  /** The first question that a single move can mend. */
+  begin() {
+    const easy = prompts.slice(0, 20).find((tokens) => {
+      const { label } = this.truth(tokens);
+      const { pathway } = bestMove(tokens, label, model.forward(tokens).pathway);
+      return largest(model.forward(tokens, pathway).logits, 1)[0] === label;
+    });
+    ask(easy ?? prompts[0]);
   }
 }
 
 // ------------------------------------------------------------------------------------------- text
 
 class TextSpeaker {
+  bars = "rows";
+  things = "next words";
+  another = "A story without its last word";
+  invitation = "Begin a story of your own";
+  praise = "The word that you want.";
+  task = "Click one of the next words to want it: then the page says how close you are.";
+
   /** words: vocabulary (base64), end. most: the longest text, in tokens. */
   constructor(words, most) {
     this.end = words.end;
     this.most = most;
     this.bytes = words.vocabulary.map((token) => atob(token)); // a letter for each byte
     this.ranks = new Map(this.bytes.map((bytes, rank) => [bytes, rank]));
-    this.bars = "rows";
-    this.thing = "next words";
-    this.another = "Another story, without its last word";
-    this.invitation = "Begin a story of your own";
-    this.praise = "The word that you want";
   }
 
   lede({ parameters }) {
-    return `This page runs a whole mixture of experts, ${parameters.toLocaleString("en")} weights,
-      that has learnt to tell little stories. Begin one, see what comes next, and
-      <b>change its mind by hand</b>. No weight will change.`;
-  }
-
-  task() {
-    return `Click a word above to want it: then the page says how far you are, and you can play.`;
-  }
-
-  wanted(label, share) {
-    return `You want ${this.name(label)}, to which it gives ${percent(share)}`;
-  }
-
-  begin() {
-    ask(this.encode("Once upon a time, there was a little"));
+    return `In this page runs a whole mixture-of-experts model, ${parameters.toLocaleString("en")}
+      weights, that has learnt to tell little stories. Begin one, see what may come next, and
+      <b>change its mind by dragging its experts</b>.`;
   }
 
   /** A text -> tokens: byte-pair encoding, piece by piece. */
   encode(text) {
     const pieces =
       /'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$|\s+(?!\S)|\s/gu;
-    const tokens = [this.end];
+    const tokens = [];
     for (const [piece] of text.matchAll(pieces)) {
       const bytes = String.fromCharCode(...new TextEncoder().encode(piece));
       tokens.push(...this.merge([...bytes]));
     }
-    return [tokens[0], ...tokens.slice(1).slice(1 - this.most)];
+    return [this.end, ...tokens.slice(1 - this.most)];
   }
 
-  /** Join the two neighbours whose token has the lowest rank, until none is a token. */
+  /** Join the two neighbours whose token has the lowest rank, until no two of them are a token. */
   merge(parts) {
     for (;;) {
       const ranks = parts.slice(1).map((next, i) => this.ranks.get(parts[i] + next) ?? Infinity);
@@ -185,12 +180,20 @@ class TextSpeaker {
     return new TextDecoder().decode(bytes);
   }
 
-  say(tokens) {
-    const text = this.decode(tokens).trim();
-    return text.length > 90 ? `… ${text.slice(-90)} …` : `${text} …`;
+  question(tokens) {
+    return `${this.say(tokens)} …`;
   }
 
-  /** A word, or with a hyphen the end of one. */
+  say(tokens) {
+    const words = this.decode(tokens).trim().split(/\s+/);
+    return words.length > 14 ? `… ${words.slice(-14).join(" ")}` : words.join(" ");
+  }
+
+  chips(tokens) {
+    return tokens.slice(-6).map((token) => this.name(token));
+  }
+
+  /** A word, or with a hyphen a piece that goes on with one. */
   name(token) {
     if (token === this.end) return "(the end)";
     const text = this.decode([token]);
@@ -198,27 +201,30 @@ class TextSpeaker {
     return /^\p{L}/u.test(text) ? `-${text}` : text.trim();
   }
 
-  chips(tokens) {
-    return tokens.slice(-6).map((token) => this.name(token));
-  }
-
   truth() {
-    return { label: null, other: null, why: [] };
+    return { label: null, other: null, why: "" };
   }
 
-  /** The ten most probable tokens of either, and the one that is wanted. */
+  wanted(label, share) {
+    return `You want ${this.name(label)}, which gets ${percent(share)}.`;
+  }
+
+  /** The most probable tokens of either, and the one that is wanted. */
   shown(own, now, wanted) {
     const tokens = [...largest(own, 6), ...largest(now, 6), ...(wanted === null ? [] : [wanted])];
-    const order = [...new Set(tokens)].sort((i, j) => own[j] - own[i]);
-    return order.slice(0, 12);
+    return [...new Set(tokens)].sort((i, j) => own[j] - own[i]);
   }
 
-  /** A field for a story's beginning. */
-  choose(tokens, changed) {
-    const field = element("textarea", { rows: 3, id: "story", spellcheck: "false" });
+  /** A field for the beginning of a story. */
+  form(tokens, changed) {
+    const field = element("textarea", { rows: 4, "aria-label": this.invitation });
     field.value = this.decode(tokens);
     field.oninput = () => changed(this.encode(field.value));
-    field.setAttribute("aria-label", this.invitation);
     return field;
+  }
+
+  begin() {
+    at("own-question").open = true;
+    ask(this.encode("Once upon a time, there was a little"));
   }
 }

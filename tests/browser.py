@@ -124,13 +124,15 @@ class Browser:
         return answer["result"].get("value")
 
     def click(self, selector: str):
-        """Press an element, with the mouse or a finger."""
-        self.drag(selector, 0)
+        """Press an element with the mouse: this browser makes no click of a finger's tap."""
+        x, y = self.centre(selector)
+        self.mouse("start", x, y)
+        self.mouse("end", x, y)
 
     def drag(self, selector: str, by: float):
         """Drag an element up by so many pixels, with the mouse or a finger."""
         x, y = self.centre(selector)
-        points = [(x, y - by * tenth / 10) for tenth in range(1, 11)] if by else []
+        points = [(x, y - by * tenth / 10) for tenth in range(1, 11)]
         touch = self.touch if self.mobile else self.mouse
         touch("start", x, y)
         for point in points:

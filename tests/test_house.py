@@ -35,7 +35,7 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     "lab/remixing": EXPERIMENTS | {"lab.remixing"},
     "lab/checkpoints": EXPERIMENTS | {"lab.remixing", "lab.checkpoints"},
     "lab/checkpoints/untrusted.py": {"moe", "checks", "lab.tools.cli"},
-    "lab/playground": EXPERIMENTS | {"lab.remixing", "lab.playground"},
+    "lab/playground": EXPERIMENTS | {"lab.remixing", "lab.composing.presets", "lab.playground"},
     "lab/speed": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.speed"},
     "lab/pages": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.pages", "notebooks.pictures"},
 }

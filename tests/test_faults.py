@@ -108,3 +108,10 @@ def test_sizes_that_cannot_fit(flag, train, complaint):
     """What is needed and what is there is told before anything is made."""
     assert train(f"{flag} {2**33}") == 1
     assert "need at least" in complaint() and not Path("out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--out", "--data-file", "--router"])
+def test_an_empty_flag_is_no_missing_flag(flag, train, complaint):
+    """An empty variable of a shell starts no other run."""
+    assert train(f"{flag}=") == 2
+    assert "is empty; leave it out" in complaint()

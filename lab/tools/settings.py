@@ -47,6 +47,8 @@ class TrainConfig:
     resume: Annotated[str | None, "continue the run in this folder"] = None
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            require(value != "", f"{name} is empty; leave it out, or give it a value")
         for name in ("steps", "batch", "seeds", "eval_every"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; it must be at least 1")

@@ -13,9 +13,12 @@ from lab.remixing.tables import TESTS
 from lab.tools.statistics import interval
 
 HEAD = "| declared | seeds | effect, with 95 % interval | p | asked for | verdict |\n"
-ARMS = {  # results/NAME.json -> what is said of its tests
+# results/NAME.json -> what is said of its tests. On the seeds of today's tables the strict arm was
+# not declared anew, and so is exploratory there.
+ARMS = {
+    "remix-first-test": "",
+    "remix-first-test-strict": ", no neighbour shares an operand",
     "remix-skills-test": "",
-    "remix-skills-test-strict": ", no neighbour shares an operand",
 }
 COMPARISONS = {  # results/NAME.jsonl -> level of significance, what is said of it
     "compare": (0.01, ""),

@@ -63,6 +63,9 @@ def main(argv=None) -> int:
 # --------------------------------------------------------------------------------- opening a run
 
 
+LIMITS = {"threads": (1, 1024), "tokens": (1, 2**31), "temperature": (0, 1e6), "seed": (0, 2**62)}
+
+
 class Run(NamedTuple):
     """A trained model, the task that it has learnt, and the split to look at."""
 
@@ -89,7 +92,8 @@ def command_parser(name: str, text: str, n_runs: str = "?", split: bool = True) 
 
 def open_run(flags: dict) -> Run:
     """Open the run that the flags name."""
-    torch.set_num_threads(max(1, flags["threads"]))
+    require_limits(flags)
+    torch.set_num_threads(flags["threads"])
     folder = flags["run"] or runs.newest()
     model, train = runs.load(folder, chosen_router(flags))
     task = load_task(train, model.config.context)
@@ -98,6 +102,14 @@ def open_run(flags: dict) -> Run:
     require(same, f"{folder}: the tokenizer has {sizes}")
     print(f"{folder}: {train['data']}, {model.n_params():,} parameters\n")
     return Run(folder, model, task, flags.get("split"))
+
+
+def require_limits(flags: dict):
+    """Usage where a number is none that the command can work with."""
+    for name, (low, high) in LIMITS.items():
+        value = flags.get(name)
+        if value is not None and not low <= value <= high:
+            raise cli.Usage(f"--{name} is {value}; expected a number from {low} to {high}")
 
 
 def chosen_router(flags: dict):
@@ -269,7 +281,8 @@ def remix_command(argv) -> int:
     if len(folders) > 2:
         scipy_stats()  # for the tests at the end: better missed now than then
     router = chosen_router(flags)
-    torch.set_num_threads(max(1, flags["threads"]))
+    require_limits(flags)
+    torch.set_num_threads(flags["threads"])
     processes.join()
 
     # Open the runs.

@@ -11,6 +11,7 @@ import faults
 import pytest
 import torch
 
+import eval as eval_py
 import train_toy
 from lab.tools import cli, runs
 from lab.tools.files import read_about
@@ -115,3 +116,14 @@ def test_an_empty_flag_is_no_missing_flag(flag, train, complaint):
     """An empty variable of a shell starts no other run."""
     assert train(f"{flag}=") == 2
     assert "is empty; leave it out" in complaint()
+
+
+NUMBERS = ["threads 0", "threads 99999999999", "tokens 0", "temperature nan", "seed -1"]
+
+
+@pytest.mark.parametrize("flag", [*NUMBERS, "temperature -1.0", f"seed {2**64}"])
+def test_numbers_that_no_command_can_work_with(flag, call, complaint):
+    """They are met before anything is opened."""
+    name, value = flag.split()
+    assert call(eval_py, f"sample --{name}={value}") == 2
+    assert f"--{name} is {value}; expected a number from" in complaint()

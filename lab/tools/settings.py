@@ -49,6 +49,7 @@ class TrainConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             require(value != "", f"{name} is empty; leave it out, or give it a value")
+        require(self.threads <= 1024, f"threads is {self.threads}; expected at most 1024")
         for name in ("steps", "batch", "seeds", "eval_every"):
             value = getattr(self, name)
             require(value >= 1, f"{name} is {value}; it must be at least 1")

@@ -26,7 +26,8 @@ class Browser:
 
     def __init__(self, width=1280, height=800, dark=False, mobile=False, calm=True):
         self.mobile = mobile
-        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a disk may be slow
+        self.profile = tempfile.TemporaryDirectory(dir=memory, ignore_cleanup_errors=True)
         theirs, self.commands = os.pipe()
         self.answers, ours = os.pipe()
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from browser import Browser, chromium
 
-from data import SkillsTask
+from data import SkillsTask, TextData
 from lab.composing.presets import build_model
 from lab.playground.page import assemble, data_of, model_of, page_data
 from lab.remixing.arena import Arena
 from lab.remixing.controls import towards
+from lab.tools.texts import END
 from pathways import ReferenceSet, Tail, similarity
 from pathways.checks import as_tuples
 from remix import SURROGATES, remix
@@ -126,6 +127,39 @@ def test_every_kind_of_model(kind, browser, tmp_path):
     expected = {"own": model(tokens).logits[0, -1], "logits": logits[0], "rows": pathway.grad[0]}
     for name, numbers in expected.items():
         torch.testing.assert_close(torch.tensor(shown[name]).double(), numbers, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"dense_layers": (0, 1)}, "there is no pathway"),
+        ({"layer": "chain"}, "joined as chain"),
+        ({"clip_qkv": 8.0}, "with clip_qkv"),
+    ],
+    ids=["dense", "layers", "clipping"],
+)
+def test_what_the_page_cannot_take(changes, fault):
+    """One line says why there is no page."""
+    with pytest.raises(ValueError, match=fault):
+        page_data(random_model(**changes), SkillsTask(0), "random")
+
+
+@pytest.mark.full
+@needs_browser
+def test_a_story(browser, tmp_path):
+    """The page splits a text into the tokens of the tokenizer; a click on a word wants it."""
+    tales, path = tmp_path / "tales.txt", tmp_path / "page.html"
+    tales.write_text("".join(f"A bird saw {i} cats.\n{END}\n" for i in range(300)), "utf-8")
+    task = TextData(str(tales), context=32, cache=str(tmp_path))
+    data = page_data(random_model(vocab_size=2048, context=32), task, "tales")
+    path.write_text(assemble(data), encoding="utf-8")
+    browser.open(path)
+    for text in ("She didn't  say: \"I'll go!\"\n\n", "Naïve café — 12 3…", "tabs\t and  "):
+        shown = browser.run(f"speaker.encode({json.dumps(text)})")
+        assert shown == [task.encoding.eot_token, *task.encoding.encode_ordinary(text)]
+    browser.click(".answer:nth-child(3)")
+    assert "You want" in browser.run("at('verdict').textContent")
+    assert browser.run("document.querySelectorAll('[aria-pressed=true]').length") == 1
 
 
 # ------------------------------------------------------------------------------- pressing buttons

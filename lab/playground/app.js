@@ -127,7 +127,10 @@ function hint() {
 }
 
 function forget() {
-  for (const cell of document.querySelectorAll(".hint")) cell.classList.remove("hint");
+  const cell = document.querySelector(".hint");
+  if (!cell) return;
+  cell.classList.remove("hint");
+  at("caption").textContent = "";
 }
 
 /** Mouse, touch and keys on one expert. */

@@ -242,6 +242,7 @@ function start() {
     at("guides").append(element("label", {}, input, " ", guide.name));
   }
   at("neighbourhood").hidden = !references;
+  at("another").hidden = at("challenge").hidden = prompts.length === 0;
   at("hint").onclick = hint;
   at("own").onclick = at("again").onclick = reset;
   at("another").onclick = askWrong;

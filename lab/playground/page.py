@@ -122,12 +122,13 @@ def model_of(data: dict):
 
 
 def problems_of(task) -> Problems:
-    """The problems to choose from: those of dev, or a few stories of test."""
+    """The problems to choose from: those of dev, or a few stories of test, if it has any."""
     if task.name == "skills":
         return task.problems("dev")
     asked = task.problems("test")
-    rows = torch.arange(min(MOST_STORIES, len(asked.labels)))
-    return selected(asked, rows)
+    if len(asked.labels) <= MOST_STORIES:
+        return asked
+    return selected(asked, torch.arange(MOST_STORIES))
 
 
 def references_of(model, task) -> ReferenceSet | None:
@@ -196,7 +197,9 @@ def favourites(model, task) -> list[list[list]]:
         best = np.argsort(-shares, axis=0, kind="stable")[:3].T  # (E, 3)
         row = []
         for expert, kinds in enumerate(best):
-            row.append([[special.kinds[i], round(100 * shares[i, expert])] for i in kinds])
+            names = [special.kinds[i].strip("' ") for i in kinds]  # words come as "' the'"
+            often = [round(100 * share) for share in shares[kinds, expert]]
+            row.append([list(pair) for pair in zip(names, often, strict=True)])
         rows.append(row)
     return rows
 

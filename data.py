@@ -1,8 +1,9 @@
-"""What models learn from: a task made of skills and dialects, and text.
+"""What models learn from: a task of skills and dialects, compositions of functions, and text.
 
 Training, evaluation and re-mixing ask a task for what the class `Task` lists, and for nothing else:
-a task of your own is one class. `SkillsTask` is the default, `TextData` is stories or any other
-text. Tokenizers, files of tokens and the download of TinyStories are in lab/tools/texts.py.
+a task of your own is one class. `SkillsTask` is the default, `CompositionTask` asks who can compose,
+`TextData` is stories or any other text. Tokenizers, files of tokens and the download of TinyStories
+are in lab/tools/texts.py.
 
 The batch of a step is a function of (seed, step) alone, so that a resumed run sees what the
 uninterrupted run would have seen.
@@ -311,6 +312,134 @@ class SkillsTask(Task):
         return examples, torch.full_like(examples[:, 0], 4)
 
 
+# ------------------------------------------------------------------------------------ compositions
+
+
+class CompositionTask(Task):
+    """Compositions: a prompt [f, g, x] has the answer y = g(f(x)), with x and y from 0 to 15.
+
+    There are 16 functions f and 16 functions g, permutations of the numbers, drawn by the seed; the
+    first of each is the identity. Half of the training examples are single steps, (f, identity) or
+    (identity, g), so that every function is known alone. The other half are pairs of two real
+    functions. Of these pairs 70 % are trained. The others are never seen together: reference, dev
+    and test share them. Who answers unseen pairs composes; pairs learnt by heart do not help there.
+
+    n_functions: on each side. n_in_a_row: 3 for h(g(f(x))), and so on; a "pair" is then a triple.
+    trained: the share of the pairs that is trained. ValueError where no pair would be left unseen.
+
+    >>> {split: len(CompositionTask(0).problems(split).labels) for split in CompositionTask.splits}
+    {'train': 2528, 'reference': 256, 'dev': 256, 'test': 560}
+    """
+
+    N = 16  # numbers, tokens 0 to 15; behind them the first functions, then the second ones
+
+    name = "composition"
+    guess = math.log(N)
+    settings: ClassVar = {"n_layers": 1, "context": 16, "n_experts": 16, "top_k": 2}
+    settings |= {"d_expert": 32, "d_shared": 32, "batch": 256, "steps": 2500, "eval_every": 250}
+    settings |= {"weight_decay": 1.0, "taste": False}
+    next_commands: ClassVar = {
+        "python eval.py routing": "which expert serves which function",
+        "python -m lab.composing.composition table": "what was found with many seeds",
+    }
+
+    def __init__(self, seed=0, n_functions=16, n_in_a_row=2, trained=0.7):
+        self.seed, self.n_functions, self.n_in_a_row = seed, n_functions, n_in_a_row
+        require(n_functions >= 2, f"n_functions is {n_functions}; at least 2, one is the identity")
+        require(n_in_a_row >= 1, f"n_in_a_row is {n_in_a_row}; expected 1 or more")
+        self.vocab_size = self.N + n_in_a_row * n_functions
+        rng = np.random.default_rng([seed, 3])
+
+        # Draw the functions of each step, as tables of what becomes of x.
+        shape = (n_in_a_row, n_functions, self.N)
+        self.functions = rng.permuted(np.broadcast_to(np.arange(self.N), shape), axis=-1)
+        self.functions[:, 0] = np.arange(self.N)  # the identity
+
+        # Deal out the pairs of real functions: the trained ones, then a half of the rest is test.
+        real = np.indices((n_functions - 1,) * n_in_a_row) + 1
+        pairs = rng.permutation(real.reshape(n_in_a_row, -1).T)  # (pairs, n_in_a_row)
+        n_trained = round(trained * len(pairs))
+        quarter = (len(pairs) - n_trained) // 4
+        fault = f"trained is {trained}: of {len(pairs)} pairs it leaves {len(pairs) - n_trained}"
+        require(n_trained >= 1 and quarter >= 1, f"{fault} unseen, and trains {n_trained}")
+        bounds = np.cumsum([n_trained, quarter, quarter])
+        self.pairs = dict(zip(self.splits, np.split(pairs, bounds), strict=True))
+        self.content = {"task": digest(self.functions, pairs, str(bounds))[:16]}
+
+    def solved(self, functions, x):
+        """Prompts (n, T) of functions (n, n_in_a_row) and numbers x (n,), and answers (n,)."""
+        y = x
+        for step in range(self.n_in_a_row):
+            y = self.functions[step, functions[:, step], y]
+        first_token = self.N + self.n_functions * np.arange(self.n_in_a_row)
+        tokens = np.concatenate([first_token + functions, x[:, None]], axis=1)
+        return torch.from_numpy(tokens), torch.from_numpy(y)
+
+    def batch(self, step: int, n: int):
+        """n training examples: tokens and targets (n, T). Only the answer is a target."""
+        rng = np.random.default_rng([self.seed, 1, step])
+        pairs = self.pairs["train"]
+        functions = pairs[rng.integers(len(pairs), size=n)]  # (n, n_in_a_row)
+
+        # In half of the examples all functions but one are the identity.
+        place = rng.integers(self.n_in_a_row, size=n)
+        alone = np.zeros_like(functions)
+        alone[np.arange(n), place] = rng.integers(1, self.n_functions, size=n)
+        single = rng.random(n) < 0.5
+        functions = np.where(single[:, None], alone, functions)
+
+        tokens, answers = self.solved(functions, rng.integers(self.N, size=n))
+        targets = torch.full_like(tokens, IGNORE)
+        targets[:, -1] = answers
+        return tokens, targets
+
+    def all_numbers(self, functions):
+        """The prompts and answers of functions (n, n_in_a_row) with each of the 16 numbers."""
+        return self.solved(
+            np.repeat(functions, self.N, axis=0),
+            np.tile(np.arange(self.N), len(functions)),
+        )
+
+    def score(self, model, split: str, most: int | None = 256) -> dict[str, float]:
+        """Nats per answer and the share of right answers on a split's pairs, all numbers; beside
+        them the share on trained pairs (at most 256 of them) and on single steps."""
+        single = []
+        for step in range(self.n_in_a_row):
+            alone = np.zeros((self.n_functions - 1, self.n_in_a_row), dtype=int)
+            alone[:, step] = np.arange(1, self.n_functions)
+            single.append(alone)
+        nats, right, balance = self.answered(model, self.pairs[split])
+        scores = {"loss": nats, "accuracy": right}
+        scores["trained_pairs"] = self.answered(model, self.pairs["train"][:256])[1]
+        scores["single_steps"] = self.answered(model, np.concatenate(single))[1]
+        if model.routers():
+            scores["balance_loss"] = balance
+        return scores
+
+    def answered(self, model, functions):
+        """Mean nats, the share of right answers, the balance loss; functions (n, n_in_a_row)."""
+        tokens, labels = self.all_numbers(functions)
+        nats = right = balance = 0.0
+        for _, answers, out in passes(model, tokens, labels):
+            logits = out.logits[:, -1]  # (n, T, V) -> (n, V)
+            nats += F.cross_entropy(logits, answers, reduction="sum").item()
+            right += int((logits.argmax(-1) == answers).sum())
+            balance += len(answers) * float(out.balance_loss)
+        return nats / len(labels), right / len(labels), balance / len(labels)
+
+    def kinds(self, split: str, n_kinds: int = 12, most: int | None = 256) -> Kinds:
+        """The first functions, at the number, where the work is done; other tokens: of no kind."""
+        tokens, _ = self.all_numbers(self.pairs[split])
+        kind = torch.full_like(tokens, -1)
+        kind[:, -1] = tokens[:, 0] - self.N - 1
+        return Kinds(tokens, kind, [f"f{i}" for i in range(1, self.n_functions)])
+
+    def problems(self, split: str) -> Problems:
+        """The pairs of a split with all numbers."""
+        tokens, labels = self.all_numbers(self.pairs[split])
+        return Problems(tokens, torch.full_like(labels, tokens.shape[1]), labels)
+
+
 # ------------------------------------------------------------------------------------------- text
 
 
@@ -564,7 +693,12 @@ def last_word(story, starting: set[int], continuing: set[int]) -> int:
     return 0
 
 
-TASKS = {"skills": SkillsTask, "tinystories": TextData, "text": TextData}
+TASKS = {
+    "skills": SkillsTask,
+    "composition": CompositionTask,
+    "tinystories": TextData,
+    "text": TextData,
+}
 
 
 def load_task(train: dict, context: int) -> Task:
@@ -575,6 +709,9 @@ def load_task(train: dict, context: int) -> Task:
     require_form(train, {"data": str, "seed": int}, "the settings of this run")
     if train["data"] == "skills":
         task = SkillsTask(train["seed"])
+    elif train["data"] == "composition":
+        names = ("n_functions", "n_in_a_row", "trained")
+        task = CompositionTask(train["seed"], *(train[name] for name in names))
     else:
         paths = at_hand(train["data_file"]), at_hand(train["valid_file"])
         if train["data"] == "tinystories":

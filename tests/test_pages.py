@@ -9,7 +9,7 @@ from lab.pages import claims, stored
 from lab.pages.__main__ import PLACE, ROOT, draw_figures, filled_pages
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-IMAGE = re.compile(r"!\[.*?\]\((?:docs/)?(.*?\.png)\)", re.S)
+IMAGE = re.compile(r"!\[[^]]*\]\((?:docs/)?([\w-]+\.png)\)")
 INTERVAL = re.compile(r"([+-]?\d+\.\d+) (?:points )?\(([+-]?\d+\.\d+) to ([+-]?\d+\.\d+)\)")
 SHARE = re.compile(r"(\d+\.\d) %")
 

@@ -257,7 +257,11 @@ def test_presets_on_the_skills_task():
 WRONG = {
     "flag": ("--step 5", 2, "unknown flag --step; did you mean --steps?"),
     "heads": ("--d-model 30 --n-heads 4", 2, "d_model 30 does not divide into 4 heads: try 32"),
-    "choice": ("--data skils", 2, "'skils' is not one of skills, tinystories, text; did you mean"),
+    "choice": (
+        "--data skils",
+        2,
+        "'skils' is not one of skills, composition, tinystories, text; did you mean",
+    ),
     "negative": ("--steps 0", 2, "steps is 0; it must be at least 1"),
     "experts": ("--top-k 20", 2, "top_k 20 is more than the 16 experts"),
     "no gradient": ("--top-k 1 --norm-topk", 2, "the router gets no gradient; use"),

@@ -132,3 +132,51 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
     note = "bars: outputs of composed experts that the token visits; dots: of all"
     fig.suptitle(f"{title}\n{note}", color=INK, fontsize=10)
     return keep(fig, path)
+
+
+# ---- compositions
+
+
+def composition_figure(
+    curves: dict[str, tuple],
+    shares: dict[str, list[float]],
+    information: dict[str, dict[str, list[float]]],
+    path: Path | None = None,
+):
+    """Unseen pairs over the steps, at the end, and what a visit tells of the functions.
+
+    curves: name -> (steps (S,), shares (seeds, S)) on dev. shares: name -> one of each seed, on
+    test. information: name -> place of a router -> bits on f and on g.
+    """
+    fig, (left, middle, right) = figure(12, 4, ncols=3, width_ratios=[1, 1.1, 1])
+    for colour, (name, (steps, seeds)) in zip((BLUE, ORANGE), curves.items(), strict=False):
+        left.plot(steps, 100 * seeds.T, color=colour, alpha=0.3, linewidth=0.8)
+        left.plot(steps, 100 * seeds.mean(0), color=colour, linewidth=2, label=name)
+    left.set(xlabel="steps", ylabel="unseen pairs answered right (%)", ylim=(0, 102))
+    left.set_title("A pair of known functions, never seen together", fontsize=9)
+    left.legend(frameon=False, fontsize=8)
+
+    # At the end: a point for each seed, a bar for their mean.
+    for row, (name, values) in enumerate(shares.items()):
+        colour = {"cartesian": BLUE, "fine_grained": ORANGE}.get(name, GREY)
+        middle.barh(row, 100 * np.mean(values), color=colour, alpha=0.45)
+        middle.plot(np.multiply(100, values), [row] * len(values), "o", color=INK, markersize=3)
+    middle.set_yticks(range(len(shares)), shares)
+    middle.invert_yaxis()
+    middle.set(xlabel="unseen pairs answered right (%)", xlim=(0, 102))
+    middle.set_title("The same parameters, joined otherwise", fontsize=9)
+
+    # What a visit tells: one row for each router, two bars for the two functions.
+    rows = []
+    for name, places in information.items():
+        for place, bits in places.items():
+            rows.append((f"{name}, {place[-1]}", bits))
+    for row, (_, (f, g)) in enumerate(rows):
+        right.barh(row - 0.2, f, 0.38, color=BLUE, label="first function, f" if not row else None)
+        right.barh(row + 0.2, g, 0.38, color=ORANGE, label="second, g" if not row else None)
+    right.set_yticks(range(len(rows)), [name for name, _ in rows])
+    right.invert_yaxis()
+    right.set(xlabel="bits that a visited expert tells")
+    right.set_title("Which function does a router look at?", fontsize=9)
+    right.legend(frameon=False, fontsize=8)
+    return keep(fig, path)

@@ -15,6 +15,8 @@ SCORES = {  # how people read a score: what it is called, and its format
     "accuracy": ("accuracy", ".1%"),
     "clear": ("  clear cues", ".1%"),
     "ambiguous": ("  ambiguous cues", ".1%"),
+    "trained_pairs": ("  trained pairs", ".1%"),
+    "single_steps": ("  single steps", ".1%"),
     "cloze": ("last word, one of four", ".1%"),
     "frequent": ("  the most frequent", ".1%"),
     "balance_loss": ("balance loss", ".2f"),

@@ -22,6 +22,9 @@ class TrainConfig:
     data_file: Annotated[str | None, "a UTF-8 text, <|endoftext|> behind each document"] = None
     valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
     tokenizer: Annotated[str, "of a text: tinystories, bytes, or one of tiktoken"] = "tinystories"
+    n_functions: Annotated[int, "compositions: functions on each side"] = 16
+    n_in_a_row: Annotated[int, "compositions: functions in a row"] = 2
+    trained: Annotated[float, "compositions: share of the pairs that is trained"] = 0.7
     model: Annotated[Literal["moe", "dense"], "dense: as wide as what a token visits"] = "moe"
     preset: Annotated[Literal[tuple(PRESETS)] | None, "another kind of model, as large"] = None
     router: Annotated[str | None, "FILE:CLASS, routers of your own; runs that file"] = None

@@ -1,0 +1,185 @@
+"""What Cartesian experts are for: models that learn compositions, on pairs that they never saw.
+
+python -m lab.composing.composition train tries   settings of both kinds, chosen on dev seeds
+python -m lab.composing.composition train test    the runs of the declared test
+python -m lab.composing.composition train         all groups: also controls, regimes, steps
+python -m lab.composing.composition table         what the results file says
+
+The task is `CompositionTask` of data.py. `train` trains the runs that the results file lacks, by
+`train_toy.py --data composition`, and adds a line to it for each.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+
+from data import load_task, passes
+from lab.composing.compare import append_line
+from lab.composing.composition_rows import LIKE, TUNED, Row, draw_figure, planned_rows, table
+from lab.composing.robustness import activated_parameters
+from lab.scores.evaluation import places
+from lab.tools import cli, runs
+from moe import require
+
+
+@dataclass
+class Files:
+    """Where results and runs are."""
+
+    results: Annotated[str, "the file of results"] = "results/composition.jsonl"
+    out: Annotated[str, "where the folders of the runs are"] = "out/composition"
+
+
+def main(argv=None) -> int:
+    """Execute a sub-command -> the exit code."""
+    usage = "%(prog)s {train,table} [GROUP ...] [flags]"
+    parser = cli.Parser("lab.composing.composition", usage=usage, description=__doc__)
+    parser.add_argument("command", choices=("train", "table"), help="see above")
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(planned_rows())} (none: all)")
+    cli.add_flags(parser, Files)
+    given = parser.parse(argv)
+    command, groups = given.pop("command"), given.pop("groups")
+    groups = groups or list(planned_rows())
+    for group in groups:
+        hint = cli.nearest(group, planned_rows())
+        if group not in planned_rows():
+            raise cli.Usage(f"no group is called {group!r}{hint}")
+    files = cli.fill(Files, given)
+    torch.set_num_threads(1)
+    if command == "train":
+        return train(groups, files)
+    lines = read_lines(files.results)
+    require(len(lines) > 0, f"{files.results} holds no runs yet: start with `train`")
+    print(table(lines))
+    path = Path(files.results).with_suffix(".png")
+    draw_figure(lines, path)
+    print(f"\ndrew {path}")
+    return 0
+
+
+# ---- train
+
+
+def train(groups: list[str], files: Files) -> int:
+    """Train the runs of the groups that the results file lacks, seed by seed."""
+    todo = []
+    for group in groups:
+        for row, seeds in planned_rows()[group]:
+            todo += [(seed, row) for seed in seeds]
+    with cli.Interrupt() as interrupt:
+        for seed, row in sorted(todo, key=lambda item: item[0]):
+            folder = Path(
+                files.out, row.group, f"{row.name}-s{seed}".replace(",", "").replace(" ", "-")
+            )
+            line = {"group": row.group, "preset": row.preset, "changes": row.changes, "seed": seed}
+            if identity(line) in {identity(line) for line in read_lines(files.results)}:
+                continue
+            train_run(folder, row, seed, interrupt)
+            if interrupt.asked:
+                return 130
+            line |= measure_run(folder)
+            append_line(files.results, line)
+            print(f"{folder}: unseen pairs {line['test']['accuracy']:.1%}", flush=True)
+    return 0
+
+
+def identity(line: dict) -> str:
+    """What tells one run from another."""
+    names = ("group", "preset", "changes", "seed")
+    return json.dumps([line[name] for name in names])
+
+
+def train_run(folder: Path, row: Row, seed: int, interrupt: cli.Interrupt):
+    """Train a run by train_toy.py, from where its folder stands. ValueError if that fails."""
+    flags = [f"--resume={folder}"]
+    if not (folder / "state.safetensors").exists():
+        settings = {"data": "composition", "preset": row.preset, "seed": seed, "out": folder}
+        settings |= TUNED[LIKE.get(row.preset, row.preset)] | row.changes
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "report.txt", "a+", encoding="utf-8") as report:
+        command = [sys.executable, "-m", "train_toy", *flags]
+        code = subprocess.call(command, stdout=report, stderr=report)
+        if code == 130:  # Ctrl-C reaches both processes, and train_toy.py has saved
+            interrupt.asked = True
+        report.seek(0)
+        lines = report.read().splitlines() or [""]
+        require(code in (0, 130), f"{folder}: {lines[-1].strip()}")
+
+
+def measure_run(folder: Path) -> dict:
+    """All that is said of a finished run."""
+    model, settings = runs.load(folder)
+    task = load_task(settings, model.config.context)
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    log = [json.loads(line) for line in text.splitlines()]
+    result = {
+        "total": model.n_params(),
+        "activated": activated_parameters(model, task),
+        "seconds": log[-1]["seconds"],
+    }
+    result |= json.loads((folder / "scores.json").read_text(encoding="utf-8"))  # dev and test
+    result["curve"] = [[line["step"], line["dev"]["accuracy"]] for line in log]
+    if model.routers():
+        result["information"] = information(model, task)
+    return result
+
+
+# ---- which expert serves which function
+
+
+def information(model, task) -> dict[str, list[float]]:
+    """What a visit tells of the functions: for each router the mutual information, in bits, of an
+    expert that the last token visits with f, and with g, over all pairs and numbers."""
+    pairs = np.concatenate([task.pairs[split] for split in task.splits])
+    tokens, _ = task.all_numbers(pairs)
+    visits = []
+    for rows, out in passes(model, tokens):
+        last = slice(rows.shape[1] - 1, None, rows.shape[1])
+        experts = torch.stack([routing.experts[last] for routing in out.routing])  # (R, n, K)
+        shape = (*experts.shape[:2], out.routing[0].probs.shape[1])
+        visits.append(torch.zeros(shape).scatter_(2, experts.cpu(), 1.0))
+    visits = torch.cat(visits, dim=1)  # (R, n, E)
+    visits = visits / visits.sum(-1, keepdim=True)
+    result = {}
+    for place, visit in zip(places(model), visits, strict=True):
+        columns = tokens[:, : task.n_in_a_row].T  # the token of each function
+        result[place] = [mutual_information(visit, column) for column in columns]
+    return result
+
+
+def mutual_information(visit, kind) -> float:
+    """What an expert, drawn from visit (n, E) of sum 1, tells of kind (n,), in bits."""
+    _, kind = kind.unique(return_inverse=True)
+    joint = torch.zeros(int(kind.max()) + 1, visit.shape[1])
+    joint = joint.index_add(0, kind, visit) / len(visit)  # (kinds, E) of sum 1
+    independent = joint.sum(1, keepdim=True) * joint.sum(0)
+    return float(torch.xlogy(joint, joint / independent.clamp(min=1e-12)).sum()) / np.log(2)
+
+
+# ---- the results file
+
+
+def read_lines(path: str) -> list[dict]:
+    """The lines of a results file, none if there is no such file. ValueError for another file."""
+    if not Path(path).exists():
+        return []
+    lines = []
+    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            identity(line), line["test"]["accuracy"], line["total"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: line {number} is no run of this command") from None
+        lines.append(line)
+    return lines
+
+
+if __name__ == "__main__":
+    cli.program(main)

@@ -1,9 +1,9 @@
 """What models learn from: a task of skills and dialects, compositions of functions, and text.
 
 Training, evaluation and re-mixing ask a task for what the class `Task` lists, and for nothing else:
-a task of your own is one class. `SkillsTask` is the default, `CompositionTask` asks who can compose,
-`TextData` is stories or any other text. Tokenizers, files of tokens and the download of TinyStories
-are in lab/tools/texts.py.
+a task of your own is one class. `SkillsTask` is the default; `CompositionTask` asks who can
+compose; `TextData` is stories or any other text. Tokenizers, files of tokens and the download of
+TinyStories are in lab/tools/texts.py.
 
 The batch of a step is a function of (seed, step) alone, so that a resumed run sees what the
 uninterrupted run would have seen.

@@ -201,13 +201,14 @@ class Experts(nn.Module):
 
     def visit(self, x, weights, experts):
         """What `forward` computes, one visit after the other."""
-        visits = experts.flatten().tolist()  # N*K numbers
-        rows = x.repeat_interleave(experts.shape[1], 0)  # (N, D) -> (N*K, D)
-        products = [F.linear(row, self.gate_up[e]) for row, e in zip(rows, visits, strict=True)]
+        N, K = experts.shape
+        chosen = experts.tolist()
+        pairs = [(token, e) for token, row in zip(x, chosen, strict=True) for e in row]  # N*K pairs
+        products = [self.gate_up[e] @ token for token, e in pairs]
         gate, up = torch.stack(products).chunk(2, dim=-1)  # (N*K, F) twice
         hidden = F.silu(gate) * (up * weights.reshape(-1, 1))  # (N*K, F)
-        products = [F.linear(row, self.down[e]) for row, e in zip(hidden, visits, strict=True)]
-        return torch.stack(products).unflatten(0, experts.shape).sum(1)  # (N, K, D) -> (N, D)
+        products = [self.down[e] @ h for h, (_, e) in zip(hidden, pairs, strict=True)]
+        return torch.stack(products).view(N, K, -1).sum(1)  # (N*K, D) -> (N, D)
 
 
 class Dispatch(torch.autograd.Function):
@@ -683,7 +684,6 @@ class MoETransformer(nn.Module):
             require_finite("logits", logits, f"this model overflows in {x.dtype}, or is damaged")
         return logits
 
-    @torch.no_grad()
     def generate(
         self,
         tokens,
@@ -705,7 +705,7 @@ class MoETransformer(nn.Module):
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.bool()
         ends = [] if stop is None else stop
         ends = torch.as_tensor(ends, dtype=torch.int64, device=tokens.device)
-        with evaluation(self):
+        with evaluation(self), torch.inference_mode():
             # All of the prompt at once; the last token of each sequence predicts the next one.
             cache = Cache()
             x = self.run_blocks(self.embed(tokens), valid, cache, tokens=tokens)  # (B, T, D)
@@ -725,13 +725,14 @@ class MoETransformer(nn.Module):
                 if show is not None:
                     show(token)
                 if len(new) == n_tokens or ended.all():
-                    return torch.stack(new, 1)  # (B, n)
+                    break
                 column = token[:, None]  # (B, 1)
                 x = self.embedding(column)  # (B, 1, D)
                 flow = next(flows)._replace(tokens=column)
                 for block in self.blocks:
                     x = block(x, flow)
                 x = x[:, 0]  # (B, 1, D) -> (B, D)
+        return torch.stack(new, 1)  # (B, n)
 
     def coming(self, valid, n_tokens, cache, dtype):
         """A Flow for each of n_tokens tokens behind prompts, valid (B, S): what `run_blocks` would

@@ -33,14 +33,21 @@ def require_kinds(config):
         value = getattr(config, name)
         optional = type(None) in typing.get_args(hint)  # such as `int | None`
         kind = typing.get_args(hint)[0] if optional else hint
-        if kind not in (bool, int, float) or (optional and value is None):
+        names = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        if optional and value is None:
             continue
-        fits = isinstance(value, bool)
-        if kind is int:
-            fits = isinstance(value, numbers.Integral) and not fits and abs(value) < 2**63
-        if kind is float:
-            fits = isinstance(value, numbers.Real) and not fits and abs(value) < math.inf
-        expected = {bool: "a bool", int: "an int below 2**63", float: "a finite float"}[kind]
+        if names:
+            expected = ", ".join(names)
+            known = isinstance(value, str) and value in names
+            require(known, f"{name} is {value!r:.60}; expected one of {expected}")
+        if kind not in (bool, int, float, str):
+            continue
+        fits, expected = isinstance(value, kind), f"a {kind.__name__}"
+        if kind in (int, float):
+            number = numbers.Integral if kind is int else numbers.Real
+            fits = isinstance(value, number) and not isinstance(value, bool)
+            fits = fits and abs(value) < (2**63 if kind is int else math.inf)
+            expected = "an int below 2**63" if kind is int else "a finite float"
         require(fits, f"{name} is {value!r:.60}; expected {expected}")
         setattr(config, name, kind(value))
 
@@ -54,10 +61,6 @@ def require_sizes(config):
             bound = "at least 0" if least else "greater than 0"
             require(value > 0 or (least and value == 0), f"{name} is {value}; it must be {bound}")
     require(config.dropout < 1, f"dropout is {config.dropout}; it must be below 1")
-    require(
-        config.qk_norm in ("full", "head", "none"),
-        f"qk_norm is {config.qk_norm!r}; expected full, head or none",
-    )
 
     # Attention.
     d, heads = config.d_model, config.n_heads
@@ -93,7 +96,7 @@ def require_integers(what: str, tensor):
 
 def require_finite(what: str, tensor, reason: str):
     """A tensor without NaN and infinities."""
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or not tensor.is_floating_point():
         return
     low, high = tensor.detach().aminmax()
     if math.isfinite(low) and math.isfinite(high):
@@ -168,6 +171,12 @@ def require_stream(x, valid, cache, d_model: int):
     if cache is not None and cache.valid is not None:
         n = len(cache.valid)
         require(n == shape[0], f"the cache has {n} sequences; x has {shape[0]}")
+
+
+def require_attention(q, k):
+    """Queries and keys from which attention can be computed."""
+    numbers = torch.cat([q.flatten(), k.flatten()])
+    require_finite("queries and keys", numbers, f"the model overflows in {q.dtype}, or is damaged")
 
 
 def require_context(position, context: int):

@@ -89,6 +89,11 @@ class Task(Protocol):
         return ""
 
 
+def perplexity(nats: float) -> float:
+    """exp(nats). Of more than 700 it is exp(700): hardly a larger number can be held."""
+    return math.exp(min(nats, 700.0))
+
+
 @torch.no_grad()
 def passes(model, *tensors) -> Iterator[tuple]:
     """Pass tokens (n, T) through the model in evaluation, so many rows at a time as fit.
@@ -588,7 +593,7 @@ class TextData(Task):
             n_bytes += int(self.token_bytes[targets.cpu()].sum())
         loss = nats / n_tokens
         bits = nats / math.log(2)
-        scores = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits / n_bytes}
+        scores = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits / n_bytes}
         if model.routers():
             scores["balance_loss"] = balance / n_tokens
         return scores

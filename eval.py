@@ -14,7 +14,6 @@ python eval.py COMMAND --help lists the flags of a command.
 """
 
 import codecs
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ from lab.scores.cloze import accuracy, answer_questions, most_frequent
 from lab.scores.evaluation import places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, processes, runs
-from lab.tools.files import write
+from lab.tools.files import as_json, write
 from lab.tools.report import label
 from lab.tools.statistics import scipy_stats, share_interval
 from moe import MoETransformer, require
@@ -120,7 +119,7 @@ def chosen_router(flags: dict):
 def save_scores(folder: Path, name: str, scores: dict | list) -> int:
     """Write scores as JSON beside the checkpoint -> 0."""
     path = folder / f"{name}.json"
-    write(path, json.dumps(scores, indent=2).encode())
+    write(path, as_json(scores, indent=2).encode())
     print(f"wrote {path}")
     return 0
 

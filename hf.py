@@ -9,7 +9,6 @@ files may be broken or hostile: `lab/checkpoints/untrusted.py` reads them.
 """
 
 import copy
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from checks import progress, torch_defaults
+from checks import progress, require_finite, torch_defaults
 from lab.checkpoints.untrusted import (
     DTYPES,
     Settings,
@@ -33,7 +32,7 @@ from lab.checkpoints.untrusted import (
     require_tensors,
     room,
 )
-from lab.tools.files import whole_folder
+from lab.tools.files import as_json, whole_folder
 from moe import (
     Experts,
     MoE,
@@ -325,7 +324,7 @@ def fill(sketch: Outline, device="cpu", spare: int = 0, cache=None, offline=Fals
     weights = dict(pieces(model, name))
     for key, entry in progress(entries.items(), "loading", total=len(entries), unit="tensor"):
         if key in weights:
-            copy_tensor(weights[key], entry)
+            copy_tensor(key, weights[key], entry)
     return model.eval()
 
 
@@ -377,11 +376,14 @@ def save(model, path):
     path = Path(path)
     name, raw = write_config(model)
     require(not path.exists(), f"{path} is there already; name a new folder")
+    tensors = dict(pieces(model, name))
+    for key, tensor in tensors.items():
+        require_finite(key, tensor, f"{path} is not written")
     try:
         with whole_folder(path) as folder:
             config, weights = folder / "config.json", folder / "model.safetensors"
-            config.write_text(json.dumps(raw, indent=2), encoding="utf-8")
-            save_file(dict(pieces(model, name)), weights, {"format": "pt"})
+            config.write_text(as_json(raw, indent=2), encoding="utf-8")
+            save_file(tensors, weights, {"format": "pt"})
             weights.chmod(config.stat().st_mode)  # the library lets nobody else read it
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {one_line(error)}") from error

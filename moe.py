@@ -34,6 +34,7 @@ from checks import (
     IGNORE,
     evaluation,
     require,
+    require_attention,
     require_context,
     require_finite,
     require_generation,
@@ -434,6 +435,8 @@ class Attention(nn.Module):
 
         # Positions turn queries and keys; earlier tokens come from the cache.
         q, k = rotate(q, flow), rotate(k, flow)
+        if not self.training and not q.is_cuda:  # torch's kernel would take NaN for nothing to see
+            require_attention(q, k)
         past = None if flow.cache is None or flow.write else flow.cache.keys.get(self.layer)
         if past is not None and q.shape[2] == 1 and flow.mask is not None:
             y = look_back(q, k, v, past, flow.cache.values[self.layer], flow.mask)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from checks import progress, require, torch_defaults
 from moe import unwrapped
-from pathways.checks import require_config, require_gradient, require_remixable
+from pathways.checks import require_config, require_gradient, require_moved, require_remixable
 from pathways.neighbours import KERNELS, TINY, Neighbours, find_neighbours, kernel
 from pathways.prompts import cross_entropy, padded, trimmed
 from pathways.references import ReferenceSet
@@ -329,7 +329,9 @@ def remix(
             near = neighbours.of(rows, tail.device)
             loss = NeighbourLoss(tail, near, references, config)
             with torch.enable_grad():
-                w = surrogate(core, loss, near, config).detach()
+                w = surrogate(core, loss, near, config)
+            require_moved(w, own, config)
+            w = w.detach()
             logits = tail(prefix, w)
             results.append((own, w, logits_before, logits, loss.history()))
     columns = [torch.cat(column).cpu() for column in zip(*results, strict=True)]

@@ -6,7 +6,6 @@ python train_toy.py --router FILE:CLASS    a routing rule of your own, a subclas
 python train_toy.py --help                 every flag: the fields of TrainConfig and MoEConfig
 """
 
-import json
 import math
 import platform
 import sys
@@ -25,7 +24,7 @@ from lab.remixing.contest import taste
 from lab.scores.evaluation import final_scores, places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, report, runs
-from lab.tools.files import owned_folder, write
+from lab.tools.files import as_json, owned_folder, write
 from lab.tools.memory import require_memory
 from lab.tools.settings import (
     TrainConfig,
@@ -124,7 +123,7 @@ def finish(model, task: Task, train: TrainConfig, folder: Path, log, single: boo
 
     # Score it, and let it show what it can do.
     scores = final_scores(model, task)
-    write(folder / "scores.json", json.dumps(scores).encode())
+    write(folder / "scores.json", as_json(scores).encode())
     samples = task.sample(model)
     if samples:
         print(f"\nthree samples:\n\n{samples}")
@@ -221,7 +220,8 @@ def update(forward, model, optimizer, task: Task, train: TrainConfig, step: int)
     """
     device = next(model.parameters()).device
     tokens, targets = task.batch(step, train.batch)
-    torch.manual_seed(train.seed * 1_000_003 + step)  # dropout is a function of (seed, step), too
+    number = train.seed * 1_000_003 + step  # dropout is a function of (seed, step), too
+    torch.manual_seed(number % 2**63)
     out = forward(tokens.to(device), targets.to(device))
     total = out.loss + train.balance * out.balance_loss + train.z * out.z_loss
     total.backward()

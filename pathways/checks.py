@@ -7,7 +7,13 @@ import difflib
 
 import torch
 
-from checks import require, require_in_vocabulary
+from checks import (
+    require,
+    require_finite,
+    require_in_vocabulary,
+    require_kinds,
+    require_shape,
+)
 
 TOKENS = ("last", "middle", "first", "all")
 TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")
@@ -16,6 +22,12 @@ EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")
 
 def require_config(config, surrogates, kernels):
     """The values of a RemixConfig."""
+    if not callable(config.method):
+        one_of("method", config.method, tuple(surrogates))
+    one_of("kernel", config.kernel, kernels)
+    one_of("loss", config.loss, ("vocabulary", "options"))
+    one_of("embedding", str(config.embedding).partition(":")[0], EMBEDDINGS)
+    require_kinds(config)
     least = {"k": 1, "batch": 1, "steps": 0, "lr": 0, "alpha": 0, "max_memory": 0}
     for name, low in least.items():
         value = getattr(config, name)
@@ -25,11 +37,14 @@ def require_config(config, surrogates, kernels):
         config.core is None or config.core >= 1,
         f"core is {config.core}; it must be at least 1, or none",
     )
-    if not callable(config.method):
-        one_of("method", config.method, tuple(surrogates))
-    one_of("kernel", config.kernel, kernels)
-    one_of("loss", config.loss, ("vocabulary", "options"))
-    one_of("embedding", config.embedding.partition(":")[0], EMBEDDINGS)
+
+
+def require_moved(w, start, config):
+    """A pathway that a surrogate gave instead of the model's own, start (n, R, E)."""
+    name = getattr(config.method, "__name__", config.method)
+    require(torch.is_tensor(w), f"{name} gave {type(w).__name__}; expected a pathway, a tensor")
+    require_shape(f"what {name} gave", w, tuple(start.shape))
+    require_finite(f"what {name} gave", w, "it is no pathway")
 
 
 def require_layers(spec: str, n: int):

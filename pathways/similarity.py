@@ -13,7 +13,7 @@ Letters in the shape comments:  n prompts    m references    T tokens    X width
 import torch
 import torch.nn.functional as F
 
-from checks import torch_defaults
+from checks import require_finite, torch_defaults
 from pathways.checks import EMBEDDINGS, TFIDF, one_of, require_layer, require_own
 from pathways.prompts import portions
 from pathways.tail import Tail
@@ -35,7 +35,7 @@ def similarity(name: str, tail: Tail, references, tokens, lengths, own=None):
         corpus = (references.tokens, references.lengths)
         if references.corpus is not None:
             corpus = (references.corpus, references.corpus_lengths)
-        return tfidf_cosine(kind, references, tokens, lengths, corpus)
+        return tfidf_cosine(kind, references, tokens, lengths, corpus)  # always finite
     if kind == "own":
         require_own(own, references.embeddings, len(tokens))
         prompts, others = torch.as_tensor(own), references.embeddings
@@ -46,6 +46,8 @@ def similarity(name: str, tail: Tail, references, tokens, lengths, own=None):
     else:
         prompts = own_pathways(tail, tokens, lengths).flatten(1)  # (n, R, E) -> (n, R*E)
         others = tail.pathways(references).flatten(1)
+    require_finite(f"{name} of prompts", prompts, "nothing is near it")
+    require_finite(f"{name} of references", others, "nothing is near it")
     a = F.normalize(prompts.double().cpu(), dim=1)
     b = F.normalize(others.double().cpu(), dim=1)
     return (a @ b.T).clamp(-1, 1)

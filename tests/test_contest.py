@@ -214,7 +214,7 @@ def test_commands(train, call, capsys):
     assert "clear cues" in text
     result = json.loads(Path("out/a/remix-test-strict.json").read_text())
     assert list(result["rows"]) == ["base", "NGD", "oracle"]
-    assert len(list(Path("out/a").glob("remix-test-strict*.png"))) == 3
+    assert len(list(Path("out/a").glob("remix-test-strict*.png"))) == 2
 
 
 @pytest.mark.parametrize("name", ["base", *TAUGHT, *full(*OTHERS)])

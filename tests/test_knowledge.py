@@ -113,5 +113,5 @@ def test_exchange_of_pathways(arena):
 @pytest.mark.full
 def test_three_runs_make_a_report(arena):
     """All measurements, with intervals over seeds, as a table."""
-    text = report(knowledge([arena] * 3))
+    text = report({"runs": ["a", "b", "c"]} | knowledge([arena] * 3))
     assert RIGHT in text and WRONG in text and "3 seeds" in text

@@ -495,7 +495,7 @@ SIZES = {
     "dense_layers names [4]; the layers are 0 to 3": {"dense_layers": (0, 4)},
     "dropout is 1.0; it must be below 1": {"dropout": 1.0},
     "top_k is 0; it must be greater than 0": {"top_k": 0},
-    "qk_norm is 'half'; expected full, head or none": {"qk_norm": "half"},
+    "qk_norm is 'half'; expected one of full, head, none": {"qk_norm": "half"},
     "d_shared is -1; it must be at least 0": {"d_shared": -1},
 }
 INPUTS = {  # message -> what is asked of a model m with tokens t (2, 9)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from checks import require
 from lab.tools import processes
-from lab.tools.files import digest, owned
+from lab.tools.files import as_json, digest, owned
 
 
 @contextmanager
@@ -74,8 +74,8 @@ class Answers:
 
 def with_checksum(line: dict) -> bytes:
     """A line of JSON that ends with the checksum of the others of its entries."""
-    checksum = digest(json.dumps(line))[:16]
-    return json.dumps(line | {"checksum": checksum}).encode() + b"\n"
+    checksum = digest(as_json(line))[:16]
+    return as_json(line | {"checksum": checksum}).encode() + b"\n"
 
 
 def read_answers(content: bytes, about: dict) -> dict:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import torch
 
 import hf
-from checks import progress
+from checks import progress, require_kinds
 from lab.checkpoints.answers import Answers, kept_answers
 from lab.checkpoints.benchmarks import (
     BENCHMARKS,
@@ -58,6 +58,7 @@ class ChoiceConfig:
     out: Annotated[str | None, "file of answers, to be continued (none: in out/choice/)"] = None
 
     def __post_init__(self):
+        require_kinds(self)
         require(
             self.model is not None,
             "--model is missing: the folder of a checkpoint, or owner/name on the hub",

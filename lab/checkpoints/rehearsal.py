@@ -10,7 +10,6 @@ Linux, which tells how much memory of a process belongs to no file.
 
 import gc
 import io
-import json
 import multiprocessing
 import random
 import re
@@ -29,7 +28,7 @@ import hf
 from lab.checkpoints import choice, remixed
 from lab.checkpoints.benchmarks import LETTERS, make_prompts, read_items
 from lab.tools import cli
-from lab.tools.files import owned
+from lab.tools.files import as_json, owned
 from moe import MoEConfig, MoETransformer, require
 
 OLMOE = MoEConfig(50_304, 4096, 2048, 16, 16, n_experts=64, top_k=8, d_expert=1024)
@@ -64,7 +63,7 @@ def write_checkpoint(folder: Path, config: MoEConfig):
         model = MoETransformer(config).bfloat16()
     family, raw = hf.write_config(model)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    (folder / "config.json").write_text(as_json(raw), encoding="utf-8")
 
     # The tensors of each file.
     shards = {}
@@ -84,7 +83,7 @@ def write_checkpoint(folder: Path, config: MoEConfig):
         save_file(tensors, folder / file, {"format": "pt"})
     index = folder / "model.safetensors.index.json"
     content = {"metadata": {"total_size": 2 * model.n_params()}, "weight_map": weight_map}
-    index.write_text(json.dumps(content), encoding="utf-8")
+    index.write_text(as_json(content), encoding="utf-8")
 
 
 def write_words(folder: Path, n_questions: int, n_references: int):
@@ -113,7 +112,7 @@ def write_words(folder: Path, n_questions: int, n_references: int):
             row = {"question": " ".join(draw.choices(words, k=length)) + "?"}
             row["choices"] = {"text": choices, "label": list("ABCD")}
             row["answerKey"] = draw.choice("ABCD")
-            lines.append(json.dumps(row) + "\n")
+            lines.append(as_json(row) + "\n")
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from checks import require, require_finite
 from lab.tools.cli import note
-from moe import require
 
 MAX_JSON = 2**23  # bytes of a file
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -218,12 +218,17 @@ def require_tensors(expected, entries: dict, folder, family: str):
     require(not wrong, f"{folder} does not fit its config.json: {'; '.join(wrong[:3])}{dots}")
 
 
-def copy_tensor(weight, entry):
-    """Copy a tensor of a file into a weight (n,) or (n, m), about a million numbers at a time."""
+def copy_tensor(name: str, weight, entry):
+    """Copy a tensor of a file into a weight (n,) or (n, m), about a million numbers at a time.
+
+    ValueError where it holds no numbers, or larger ones than the weight can hold.
+    """
     step = 2**20 // weight[0].numel() + 1
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         weight[rows].copy_(entry[rows])
+        dtype = str(weight.dtype).removeprefix("torch.")
+        require_finite(name, weight[rows], f"the file holds none, or larger than {dtype} holds")
 
 
 def room(device="cpu") -> float:

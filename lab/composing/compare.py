@@ -28,7 +28,7 @@ from lab.composing.robustness import activated_parameters, robustness
 from lab.composing.sharing import composed_blocks, sharing
 from lab.composing.verdict import DECLARED, comparison_report, draw_figures
 from lab.tools import cli, runs
-from lab.tools.files import digest, parse_json
+from lab.tools.files import as_json, digest, parse_json
 from moe import MoEConfig, require
 
 # Runs are compared only if they agree in these, in these sizes, and in all settings of train_toy.py
@@ -218,7 +218,7 @@ def race(names: list[str], turns: int):
 def append_line(path: str, line: dict):
     """Add a line to a file, to which other processes may do so too."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(line).encode() + b"\n"
+    data = as_json(line).encode() + b"\n"
     with open(path, "ab", buffering=0) as file:  # unbuffered: a single write, in one piece
         file.write(data)
 

@@ -25,6 +25,7 @@ from lab.composing.composition_rows import LIKE, TUNED, Row, draw_figure, planne
 from lab.composing.robustness import activated_parameters
 from lab.scores.evaluation import places
 from lab.tools import cli, runs
+from lab.tools.files import as_json
 from moe import require
 
 
@@ -92,7 +93,7 @@ def train(groups: list[str], files: Files) -> int:
 def identity(line: dict) -> str:
     """What tells one run from another."""
     names = ("group", "preset", "changes", "seed")
-    return json.dumps([line[name] for name in names])
+    return as_json([line[name] for name in names])
 
 
 def train_run(folder: Path, row: Row, seed: int, interrupt: cli.Interrupt):

@@ -1,10 +1,10 @@
 """Figures of the comparison: effects, robustness, and what composed experts share."""
 
-import math
 from pathlib import Path
 
 import numpy as np
 
+from data import perplexity
 from lab.composing.sharing import use_ratios
 from lab.tools.figures import BLUE, COLOURS, GREY, INK, ORANGE, figure, keep, panels
 
@@ -56,7 +56,7 @@ def robustness_figure(
     """
     fig, ax = figure(9, 5.5)
     for index, (name, rows) in enumerate(models.items()):
-        points = {key: (row["mass"], math.exp(row["loss"])) for key, row in rows.items()}
+        points = {key: (row["mass"], perplexity(row["loss"])) for key, row in rows.items()}
         style = {"color": COLOURS[index % len(COLOURS)]}
         style["alpha"] = 0.6 if leading and name not in leading else 1.0
 
@@ -69,13 +69,13 @@ def robustness_figure(
         ax.plot(masses, perplexities, linestyle=dash, linewidth=width, label=name, **style)
 
         # The points of all protocols.
-        for protocol, (mass, perplexity) in points.items():
+        for protocol, (mass, height) in points.items():
             key = protocol if protocol in MARKS else protocol.split()[0]
             if key in MARKS:
                 mark, _ = MARKS[key]
                 size = {"*": 12, ".": 5}.get(mark, 4)
                 fill = "none" if mark in "*D" else "full"  # so that what coincides is seen
-                ax.plot(mass, perplexity, mark, markersize=size, fillstyle=fill, **style)
+                ax.plot(mass, height, mark, markersize=size, fillstyle=fill, **style)
     for mark, label in MARKS.values():
         ax.plot([], [], mark, color=INK, markersize=5, label=label)
 

@@ -1,13 +1,12 @@
 """What a model loses where its routing goes wrong."""
 
-import math
 import string
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from data import passes
+from data import passes, perplexity
 from lab.composing.layers import TopPRouter
 from lab.scores.evaluation import routers_by_layer
 from lab.tools import cli
@@ -195,8 +194,8 @@ def robustness_table(rows: dict[str, dict]) -> str:
     """The rows of `robustness` as text."""
     lines = []
     for name, row in rows.items():
-        perplexity = f"{math.exp(row['loss']):.2f}"
-        lines.append((name, perplexity, f"{row['experts']:.1%}", f"{row['mass']:.1%}"))
+        score = f"{perplexity(row['loss']):.2f}"
+        lines.append((name, score, f"{row['experts']:.1%}", f"{row['mass']:.1%}"))
     header = ["disabled", "perplexity", "experts lost", "routing mass lost"]
     return cli.table(lines, header=header)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import perplexity
 from lab.composing.effects import (
     BASE,
     MARGIN,
@@ -92,8 +93,8 @@ def overview_cells(runs: dict[int, dict]) -> list:
         f"{mean['total']:,.0f}",
         f"{mean['activated']:,.0f}",
         f"{mean['step']:.2f}",
-        f"{math.exp(dev):.3f}",
-        f"{math.exp(test):.3f}",
+        f"{perplexity(dev):.3f}",
+        f"{perplexity(test):.3f}",
         f"{mean['test']['bits_per_byte']:.4f}",
         f"{test - train:.3f}",
         "-" if cloze is None else f"{cloze:.1%}",
@@ -185,7 +186,7 @@ def protocol_cell(rows_of: dict[int, dict], protocol: str) -> str:
     if not rows_of or protocol not in first_run(rows_of):
         return ""
     mean = tree_mean([rows[protocol] for rows in rows_of.values()])
-    return f"{math.exp(mean['loss']):.2f} ({mean['mass']:.0%})"
+    return f"{perplexity(mean['loss']):.2f} ({mean['mass']:.0%})"
 
 
 def robustness_overview(kinds: dict) -> str:
@@ -197,7 +198,7 @@ def robustness_overview(kinds: dict) -> str:
     for name, rows in means.items():
         cells = []
         for protocol in columns:
-            cells.append(f"{math.exp(rows[protocol]['loss']):.2f}" if protocol in rows else "")
+            cells.append(f"{perplexity(rows[protocol]['loss']):.2f}" if protocol in rows else "")
         table.append([name, *cells])
     return cli.table(table, header=["perplexity, disabled:", *columns])
 

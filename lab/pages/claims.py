@@ -3,10 +3,9 @@
 A row is (claim, what the paper published, what came out here, the verdict).
 """
 
-import math
-
 import numpy as np
 
+from data import perplexity
 from lab.composing.effects import (
     BASE,
     describe_effect,
@@ -282,4 +281,4 @@ def against(kinds: dict, preset: str, other: str, protocol=None) -> tuple[str, s
 def level(kinds: dict, preset: str, protocol: str) -> str:
     """A preset's mean perplexity under a protocol of robustness."""
     losses = preset_losses(kinds, preset, protocol).values()
-    return f"{math.exp(sum(losses) / len(losses)):.1f}" if losses else "not run"
+    return f"{perplexity(sum(losses) / len(losses)):.1f}" if losses else "not run"

@@ -20,6 +20,7 @@ from lab.remixing.arena import selected
 from lab.remixing.methods import METHODS
 from lab.scores.evaluation import places
 from lab.scores.specialisation import specialisation
+from lab.tools.files import as_json
 from moe import require
 from pathways import ReferenceSet
 from pathways.checks import as_tuples
@@ -41,7 +42,7 @@ def assemble(data: dict) -> str:
     page = (FOLDER / "page.html").read_text(encoding="utf-8")
     for name in SOURCES:
         page = page.replace(f"/* {name} */", (FOLDER / name).read_text(encoding="utf-8"))
-    text = json.dumps(data, separators=(",", ":"))
+    text = as_json(data, separators=(",", ":"))
     return page.replace("/* data */", text.replace("</", "<\\/"))
 
 

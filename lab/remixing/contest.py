@@ -95,6 +95,8 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
     gains, sizes = {}, {}
     for subset in divided[0]:
         kept = [masks[subset] for masks in divided]
+        if not all(mask.any() for mask in kept):
+            continue  # a run has no such prompt
         gains[subset] = pooled(runs, clusters, kept)
         sizes[subset] = float(np.mean([mask.mean() for mask in kept]))
 
@@ -114,7 +116,7 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
         "duplicates": sum(dropped_copies(arena) for arena in arenas),
         "alone": sum(int((arena.neighbours.weight.sum(1) == 0).sum()) for arena in arenas),
     }
-    if arenas[0].about is not None:
+    if "the two readings differ" in gains:
         result["errors"] = {}
         for name in ("base", *SHOWN):
             if name in rows:

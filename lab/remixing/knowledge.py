@@ -13,7 +13,6 @@ python -m lab.remixing.knowledge RUN [RUN ...]     prints three tables, and writ
 Letters in the shape comments, beside those of remix.py:  X width of a vector    C cells (cue, a, b)
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,8 @@ from data import Prompts, SkillsTask
 from lab.remixing.arena import Arena, arena_of
 from lab.remixing.methods import settings_of
 from lab.remixing.reach import reach, reach_table, targets_of
-from lab.tools import cli, runs
+from lab.tools import cli
+from lab.tools.files import as_json, write
 from lab.tools.statistics import mean_interval, with_interval
 from moe import require
 from pathways import frozen
@@ -49,7 +49,7 @@ def main(argv=None) -> int:
     result = {"runs": [folder.name for folder in folders]} | knowledge(arenas)
     print(report(result))
     path = (flags["out"] or folders[0]) / "knowledge.json"
-    runs.write(path, json.dumps(result, indent=2).encode())
+    write(path, as_json(result, indent=2).encode())
     print(f"\nwrote {path}")
     return 0
 

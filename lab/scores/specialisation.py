@@ -45,7 +45,10 @@ def specialisation(model, task, split: str = "test", n_kinds: int = 12) -> Speci
     # Average over all tokens, and over those of each kind.
     load = visits.mean(1)  # (L, E)
     kind = kind.flatten()  # (n, T) -> (N,)
-    shares = [visits[:, kind == place].mean(1) for place in range(len(names))]
+    shares = []
+    for place in range(len(names)):
+        own = visits[:, kind == place]  # (L, n, E)
+        shares.append(own.sum(1) / max(1, own.shape[1]))  # 0 where there is no such token
     shares = torch.stack(shares, dim=1)  # (L, R, E)
 
     # Measure how sure the routers are. With one expert they always are.

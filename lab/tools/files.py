@@ -24,7 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from checks import require
+from checks import require, require_finite
 
 try:
     import fcntl
@@ -197,6 +197,31 @@ def write(path: Path, data: bytes):
 # ------------------------------------------------------------------------------------------- JSON
 
 
+def as_json(value, **options) -> str:
+    """A value as JSON, all of whose numbers are numbers. options: those of json.dumps.
+
+    ValueError, with its place, for NaN and infinities, which other readers of JSON refuse.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        place, number = next(odd_numbers(value, ""))
+        raise ValueError(f"not kept: {place or 'the value'} is {number}, no number") from None
+
+
+def odd_numbers(value, place: str):
+    """Yield the NaN and infinities of a value for JSON: (place, number)."""
+    items = {}
+    if isinstance(value, dict):
+        items = value
+    if isinstance(value, list | tuple):
+        items = dict(enumerate(value))
+    for name, inner in items.items():
+        yield from odd_numbers(inner, f"{place}, {name}" if place else str(name))
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+
+
 def read_json(path: Path, form):
     """What a JSON file says. ValueError where it is missing, unreadable, or has another form."""
     require(path.is_file(), f"no such file: {path}")
@@ -241,6 +266,7 @@ def write_tensors(path: Path, tensors: dict, about: dict[str, str]):
     """Write a safetensors file with a checksum. about: what its metadata shall say."""
     copies = {}  # the library refuses views
     for name, tensor in tensors.items():
+        require_finite(name, tensor, f"{path} is not written")
         copies[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
     about = about | {"digest": tensors_digest(copies, about)}
     write(path, safetensors.torch.save(copies, about))
@@ -259,6 +285,8 @@ def read_tensors(path: Path, what: str = "safetensors file"):
     expected = about.pop("digest", None)
     same = expected is None or expected == tensors_digest(tensors, about)
     require(same, f"{path} was altered: it is not what its checksum says")
+    for name, tensor in tensors.items():
+        require_finite(name, tensor, f"{path} is damaged")
     return tensors, about
 
 

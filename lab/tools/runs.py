@@ -18,7 +18,15 @@ import torch
 from checks import torch_defaults, undisturbed
 from lab.composing.presets import build_model, config_class
 from lab.tools.cli import command, nearest, note
-from lab.tools.files import digest, parse_json, read_about, read_tensors, write, write_tensors
+from lab.tools.files import (
+    as_json,
+    digest,
+    parse_json,
+    read_about,
+    read_tensors,
+    write,
+    write_tensors,
+)
 from lab.tools.memory import require_memory
 from moe import Router, named_tensors, require
 
@@ -51,7 +59,7 @@ def save(
                 value = torch.zeros_like(weight)
             state[f"{moment}/{name}"] = value
     about = {"step": step, "settings": settings, "log": log, "recent": recent}
-    about = {name: json.dumps(value) for name, value in about.items()}
+    about = {name: as_json(value) for name, value in about.items()}
     write_tensors(folder / "state.safetensors", state, about)
     write_copies(folder, state, about)
 
@@ -65,8 +73,8 @@ def learnt(model) -> dict[str, torch.nn.Parameter]:
 def write_copies(folder: Path, state: dict, about: dict[str, str]):
     """Write what others read of a saved state: the settings, the log, and the weights last."""
     settings, log = json.loads(about["settings"]), json.loads(about["log"])
-    write(folder / "config.json", json.dumps(settings, indent=2).encode())
-    lines = "".join(json.dumps(line) + "\n" for line in log)
+    write(folder / "config.json", as_json(settings, indent=2).encode())
+    lines = "".join(as_json(line) + "\n" for line in log)
     write(folder / "log.jsonl", lines.encode())
     about = {"format": "pt", "step": about["step"], "settings": digest(about["settings"])}
     write_tensors(folder / "model.safetensors", weights_of(state), about)
@@ -124,7 +132,7 @@ def read_last_save(folder: Path) -> tuple[dict, dict]:
     settings = settings_of(text, config)
     require_file(path)
     weights, about = read_tensors(path)
-    same = about.get("settings") in (None, digest(json.dumps(settings)))
+    same = about.get("settings") in (None, digest(as_json(settings)))
     require(same, f"{config} was altered: {path.name} was saved with other settings")
     return settings, weights
 
@@ -226,7 +234,7 @@ def read_state(folder: Path):
         config = folder / "config.json"
         require_file(config)
         text = config.read_text(encoding="utf-8", errors="replace")
-        about["settings"] = json.dumps(settings_of(text, config))
+        about["settings"] = as_json(settings_of(text, config))
     return state, about
 
 

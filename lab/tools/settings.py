@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from checks import require_kinds
 from data import TASKS
 from lab.composing.presets import PRESETS, config_class, preset
 from lab.tools import cli, runs
@@ -50,6 +51,7 @@ class TrainConfig:
     resume: Annotated[str | None, "continue the run in this folder"] = None
 
     def __post_init__(self):
+        require_kinds(self)
         for name, value in vars(self).items():
             require(value != "", f"{name} is empty; leave it out, or give it a value")
         require(self.threads <= 1024, f"threads is {self.threads}; expected at most 1024")
@@ -59,8 +61,9 @@ class TrainConfig:
         for name in ("lr", "clip"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} is {value}; it must be greater than 0")
-        smallest = min(self.seed, self.warmup, self.threads)
-        require(smallest >= 0, "seed, warmup and threads must be at least 0")
+        for name in ("seed", "warmup", "threads", "weight_decay", "balance", "z", "final_lr"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}; it must be at least 0")
         has_twin = self.twin or self.model == "dense"
         hint = "compare it with --preset dense"
         require(not (self.preset and has_twin), f"a preset has no dense twin: {hint}")

@@ -45,7 +45,13 @@ def with_interval(share: dict) -> str:
 
 
 def paired(a, b) -> float:
-    """The p-value (two-sided) of a paired t-test: do a and b, a value for each seed, differ?"""
+    """The p-value (two-sided) of a paired t-test: do a and b, a value for each seed, differ?
+
+    Where they are the same for every seed it is 1, and 0 where they always differ by the same.
+    """
+    differences = np.subtract(a, b)
+    if np.ptp(differences) == 0:
+        return float(differences[0] == 0)
     return float(scipy_stats().ttest_rel(a, b).pvalue)
 
 

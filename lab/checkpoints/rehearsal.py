@@ -169,8 +169,8 @@ def peer_costs(folder: Path, prompts, n_tokens: int):
 
 def rehearse(folder: Path, config: RehearsalConfig):
     """All steps -> name of the step -> (Cost, how many things it did); logits of some prompts."""
-    flags = {"model": folder, "task": "arc_easy", "threads": config.threads}
-    flags |= {"data_file": folder / "asked.jsonl", "references": "arc_challenge"}
+    flags = {"model": str(folder), "task": "arc_easy", "threads": config.threads}
+    flags |= {"data_file": str(folder / "asked.jsonl"), "references": "arc_challenge"}
     flags |= {"reference_files": str(folder / "solved.jsonl"), "out": str(folder / "out/remixed")}
     settings = choice.ChoiceConfig(**flags)
     items = read_items("arc_easy", settings.data_file)

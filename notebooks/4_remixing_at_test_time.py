@@ -477,7 +477,7 @@ reach_figure(reached, "Where ten steps lead: to right labels and to wrong ones")
 # anywhere, below 0.1 % hardly anywhere, and the two curves cannot be told apart: right labels are
 # reached more often all in all only because they were more probable to begin with. (A null of
 # *random* wrong labels would have hidden that: most of them have a prior below 0.1 %.) Eight seeds
-# in docs/c3po.md say the same.
+# in docs/c3po.md say so, but for about one point.
 #
 # So a pathway can pick any answer that the model already holds for possible. That is headroom, and
 # worth having. But the oracle's score does not show that a pathway "knows" the right answer: which

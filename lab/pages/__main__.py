@@ -126,7 +126,7 @@ def draw_figures(folder: Path):
     contest_figures(stored("remix-skills-test"), str(folder / "remix"))
     knowledge = stored("knowledge")
     seeds = f"{len(knowledge['runs'])} seeds"
-    title = f"Where ten steps lead: as often to wrong labels as to the right one ({seeds}, test)"
+    title = f"Where ten steps lead: nearly as often to wrong labels as to right ones ({seeds})"
     reach_figure(knowledge["reach"], title, folder / "remix-reach.png")
     title = f"What does a pathway know? Not the reading, until it is mended ({seeds})"
     knowledge_figure(knowledge, title, folder / "remix-knowledge.png")

@@ -180,7 +180,7 @@ def setting_rows(sweeps: dict) -> list[tuple]:
             "the Gaussian kernel is best",
             "70.0, 76.3 and 79.2",
             f"minus it: {kernels_text}",
-            best(kernels) if any(row["gain"] for row in kernels) else NOTHING,
+            best(kernels) if any(abs(row["gain"]) > 0.005 for row in kernels) else NOTHING,
         ),
         (
             "the last token is the one to re-mix",

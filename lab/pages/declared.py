@@ -5,12 +5,9 @@ Only these have a bold verdict in the table of claims; all else is exploratory.
 
 from typing import NamedTuple
 
-import numpy as np
-
 from lab.composing.effects import BASE, describe_effect, group_runs, main_kind, paired_effect
 from lab.pages.stored import runs, stored
 from lab.remixing.tables import TESTS
-from lab.tools.statistics import interval
 
 HEAD = "| declared | seeds | effect, with 95 % interval | p | asked for | verdict |\n"
 # results/NAME.json -> what is said of its tests. On the seeds of today's tables the strict arm was
@@ -46,14 +43,14 @@ class Test(NamedTuple):
 def remixing_tests(name: str) -> dict[str, Test]:
     """The tests of a comparison of re-mixing: rival -> test."""
     result = stored(name)
-    rows, tests = result["rows"], {}
+    tests = {}
     for rival, p in result["p"].items():
-        method = TESTS[rival]
-        mean, half = interval(np.subtract(rows[method]["each"], rows[rival]["each"]))
+        method, row = TESTS[rival], result["ahead"][rival]
+        mean, low, high = (100 * row[key] for key in ("gain", "low", "high"))
         tests[rival] = Test(
             f"{method} is better than {rival}{ARMS[name]}",
             result["seeds"],
-            f"{100 * mean:+.1f} ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f}) points",
+            f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) points",
             p,
             0.01,
             "holds here" if mean > 0 else "the other way",

@@ -9,7 +9,7 @@ import torch
 
 from data import CompositionTask
 from lab.composing import composition, composition_rows
-from lab.composing.composition import mutual_information
+from lab.composing.composition import bits_about
 from lab.composing.composition_rows import Row, difference, unseen
 from moe import IGNORE
 
@@ -83,8 +83,8 @@ def test_impossible_tasks_are_refused(settings, message):
 def test_information_is_all_where_the_expert_is_the_kind_and_none_where_it_is_not():
     kind = torch.arange(8).repeat(16)
     visit = torch.eye(8)[kind]
-    assert math.isclose(mutual_information(visit, kind), 3.0, abs_tol=1e-5)
-    assert abs(mutual_information(visit, torch.arange(16).repeat_interleave(8))) < 1e-5
+    assert math.isclose(bits_about(visit, kind), 3.0, abs_tol=1e-5)
+    assert abs(bits_about(visit, torch.arange(16).repeat_interleave(8))) < 1e-5
 
 
 def test_differences_are_of_common_seeds():

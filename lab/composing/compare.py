@@ -112,7 +112,7 @@ def train(plan: Plan) -> int:
             if any(run.items() <= line.items() for line in read_runs(plan.results)):
                 continue
             folder = run_folder(plan.out, run)
-            train_run(folder, run, text, interrupt)
+            train_in(folder, settings_of_run(run, text), interrupt)
             if interrupt.asked:
                 return 130
             line = run | measure_run(folder, task)
@@ -137,18 +137,26 @@ def run_folder(out: str, run: dict) -> Path:
     return Path(out, "-".join(marks))
 
 
-def train_run(folder: Path, run: dict, text: dict, interrupt: cli.Interrupt):
+def settings_of_run(run: dict, text: dict) -> dict:
+    """What train_toy.py has to be told of a run."""
+    names = ("preset", "seed", "steps", "lr", "norm_topk", "dropout", "device")
+    settings = {name: run[name] for name in names} | text
+    return settings | {"eval_every": max(1, run["steps"] // 5)}
+
+
+def train_in(folder: Path, settings: dict, interrupt: cli.Interrupt):
     """Train a run by train_toy.py, from where its folder stands. ValueError if that fails."""
     # Continue the run, or start it.
     folder.mkdir(parents=True, exist_ok=True)
     flags = [f"--resume={folder}"]
     if not (folder / "state.safetensors").exists():
-        names = ("preset", "seed", "steps", "lr", "dropout", "device")
-        given = {name: run[name] for name in names} | text
-        given |= {"out": folder, "eval_every": max(1, run["steps"] // 5)}
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-        if run["norm_topk"]:
-            flags.append("--norm-topk")
+        flags = [f"--out={folder}"]
+        for name, value in settings.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                flags.append(f"--{flag}={value}")
 
     # What it prints goes to a file, whose last line tells why it failed, if it did.
     with open(folder / "report.txt", "a+", encoding="utf-8") as report:
@@ -161,22 +169,26 @@ def train_run(folder: Path, run: dict, text: dict, interrupt: cli.Interrupt):
         require(code in (0, 130), f"{folder}: {lines[-1].strip()}")
 
 
-def measure_run(folder: Path, task) -> dict:
-    """All that is said of a finished run, so that its weights need not be kept."""
-    model, train_settings = runs.load(folder)
-    settings = runs.read_settings(folder)
+def sizes_and_scores(folder: Path, model, task, score: str) -> dict:
+    """What the folder of a finished run says: its sizes, seconds and scores, and the curve of one
+    score on dev."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
-
-    # Its sizes, and its losses at the end and on the way there.
     result = {
         "total": model.n_params(),
         "activated": activated_parameters(model, task),
         "seconds": log[-1]["seconds"],
     }
     result |= json.loads((folder / "scores.json").read_text(encoding="utf-8"))  # dev and test
+    return result | {"curve": [[line["step"], line["dev"][score]] for line in log]}
+
+
+def measure_run(folder: Path, task) -> dict:
+    """All that is said of a finished run, so that its weights need not be kept."""
+    model, train_settings = runs.load(folder)
+    settings = runs.read_settings(folder)
+    result = sizes_and_scores(folder, model, task, "loss")
     result["train"] = task.score(model, "train", most=1024)
-    result["curve"] = [[line["step"], line["dev"]["loss"]] for line in log]
 
     # What its routing does, and what a step costs.
     if model.routers():

@@ -10,19 +10,20 @@ The task is `CompositionTask` of data.py. `train` trains the runs that the resul
 """
 
 import json
-import subprocess
-import sys
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data import load_task, passes
-from lab.composing.compare import append_line
+from lab.composing.compare import append_line, sizes_and_scores, train_in
 from lab.composing.composition_rows import LIKE, TUNED, Row, draw_figure, planned_rows, table
-from lab.composing.robustness import activated_parameters
+from lab.composing.robustness import visited
+from lab.composing.sharing import mutual_information
 from lab.scores.evaluation import places
 from lab.tools import cli, runs
 from lab.tools.files import as_json
@@ -58,9 +59,10 @@ def main(argv=None) -> int:
     lines = read_lines(files.results)
     require(len(lines) > 0, f"{files.results} holds no runs yet: start with `train`")
     print(table(lines))
-    path = Path(files.results).with_suffix(".png")
-    draw_figure(lines, path)
-    print(f"\ndrew {path}")
+    if any(line["group"] == "test" for line in lines):  # the tries alone make no figure
+        path = Path(files.results).with_suffix(".png")
+        draw_figure(lines, path)
+        print(f"\ndrew {path}")
     return 0
 
 
@@ -81,7 +83,7 @@ def train(groups: list[str], files: Files) -> int:
             line = {"group": row.group, "preset": row.preset, "changes": row.changes, "seed": seed}
             if identity(line) in {identity(line) for line in read_lines(files.results)}:
                 continue
-            train_run(folder, row, seed, interrupt)
+            train_in(folder, settings_of_run(row, seed), interrupt)
             if interrupt.asked:
                 return 130
             line |= measure_run(folder)
@@ -96,37 +98,17 @@ def identity(line: dict) -> str:
     return as_json([line[name] for name in names])
 
 
-def train_run(folder: Path, row: Row, seed: int, interrupt: cli.Interrupt):
-    """Train a run by train_toy.py, from where its folder stands. ValueError if that fails."""
-    flags = [f"--resume={folder}"]
-    if not (folder / "state.safetensors").exists():
-        settings = {"data": "composition", "preset": row.preset, "seed": seed, "out": folder}
-        settings |= TUNED[LIKE.get(row.preset, row.preset)] | row.changes
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "report.txt", "a+", encoding="utf-8") as report:
-        command = [sys.executable, "-m", "train_toy", *flags]
-        code = subprocess.call(command, stdout=report, stderr=report)
-        if code == 130:  # Ctrl-C reaches both processes, and train_toy.py has saved
-            interrupt.asked = True
-        report.seek(0)
-        lines = report.read().splitlines() or [""]
-        require(code in (0, 130), f"{folder}: {lines[-1].strip()}")
+def settings_of_run(row: Row, seed: int) -> dict:
+    """What train_toy.py has to be told of a run."""
+    settings = {"data": "composition", "preset": row.preset, "seed": seed}
+    return settings | TUNED[LIKE.get(row.preset, row.preset)] | row.changes
 
 
 def measure_run(folder: Path) -> dict:
     """All that is said of a finished run."""
     model, settings = runs.load(folder)
     task = load_task(settings, model.config.context)
-    text = (folder / "log.jsonl").read_text(encoding="utf-8")
-    log = [json.loads(line) for line in text.splitlines()]
-    result = {
-        "total": model.n_params(),
-        "activated": activated_parameters(model, task),
-        "seconds": log[-1]["seconds"],
-    }
-    result |= json.loads((folder / "scores.json").read_text(encoding="utf-8"))  # dev and test
-    result["curve"] = [[line["step"], line["dev"]["accuracy"]] for line in log]
+    result = sizes_and_scores(folder, model, task, "accuracy")
     if model.routers():
         result["information"] = information(model, task)
     return result
@@ -143,25 +125,24 @@ def information(model, task) -> dict[str, list[float]]:
     visits = []
     for rows, out in passes(model, tokens):
         last = slice(rows.shape[1] - 1, None, rows.shape[1])
-        experts = torch.stack([routing.experts[last] for routing in out.routing])  # (R, n, K)
-        shape = (*experts.shape[:2], out.routing[0].probs.shape[1])
-        visits.append(torch.zeros(shape).scatter_(2, experts.cpu(), 1.0))
-    visits = torch.cat(visits, dim=1)  # (R, n, E)
+        chosen = []
+        for routing in out.routing:
+            columns = routing.probs, routing.weights, routing.experts
+            chosen.append(visited(*(column[last] for column in columns)).cpu())
+        visits.append(torch.stack(chosen))  # (R, n, E)
+    visits = torch.cat(visits, dim=1)
     visits = visits / visits.sum(-1, keepdim=True)
     result = {}
     for place, visit in zip(places(model), visits, strict=True):
         columns = tokens[:, : task.n_in_a_row].T  # the token of each function
-        result[place] = [mutual_information(visit, column) for column in columns]
+        result[place] = [bits_about(visit, column) for column in columns]
     return result
 
 
-def mutual_information(visit, kind) -> float:
+def bits_about(visit, kind) -> float:
     """What an expert, drawn from visit (n, E) of sum 1, tells of kind (n,), in bits."""
     _, kind = kind.unique(return_inverse=True)
-    joint = torch.zeros(int(kind.max()) + 1, visit.shape[1])
-    joint = joint.index_add(0, kind, visit) / len(visit)  # (kinds, E) of sum 1
-    independent = joint.sum(1, keepdim=True) * joint.sum(0)
-    return float(torch.xlogy(joint, joint / independent.clamp(min=1e-12)).sum()) / np.log(2)
+    return mutual_information(visit, F.one_hot(kind).to(visit)) / math.log(2)
 
 
 # ---- the results file

@@ -128,16 +128,11 @@ def table_row(lines: list[dict], row: Row) -> list[str]:
     if row.preset == "cartesian":
         gap = difference(shares, unseen(lines, row._replace(preset="fine_grained")))
     sizes = [f"{own[0]['total']:,}", f"{own[0]['activated']:,}"]
-    scores = [f"{trained:.1%}", f"{single:.1%}", mean_share(list(shares.values()))]
+    answered = statistics.mean_interval(list(shares.values()))
+    answered = {name: np.clip(value, 0, 1) for name, value in answered.items()}
+    answered = statistics.with_interval(answered)
+    scores = [f"{trained:.1%}", f"{single:.1%}", answered]
     return [row.name, str(len(own)), *sizes, *scores, gap]
-
-
-def mean_share(shares: list[float]) -> str:
-    """A mean share with its 95 % interval over seeds."""
-    if len(shares) < 2:
-        return f"{shares[0]:.1%}"
-    mean, half = statistics.interval(shares)
-    return f"{mean:.1%} ({max(0, mean - half):.1%} to {min(1, mean + half):.1%})"
 
 
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:

@@ -1,6 +1,7 @@
 """Shared by all tests: `pytest` runs what teaches, `pytest --full` everything."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,6 +65,24 @@ def train(call):
         return call(train_toy, f"{steps} {sizes} {flags}")
 
     return trained
+
+
+@pytest.fixture
+def run_program(tmp_path):
+    """run_program(path, flags, processes) runs it by itself, or by torchrun -> what is printed."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # whatever this machine's name may lead to
+
+    def ran(path, flags: list[str], processes: int = 1) -> str:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        options = torchrun if processes > 1 else []
+        command = [sys.executable, *options, str(path), *flags]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    return ran
 
 
 @pytest.fixture

@@ -450,30 +450,27 @@ choice.main(sys.argv[1:])
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["scoring", "re-mixing"])
-def test_two_processes(kind, remixed_flags, tmp_path):
+def test_two_processes(kind, remixed_flags, run_program, tmp_path):
     """Two processes share the questions: the same table, files and kept answers as of one."""
     flags = [*remixed_flags, "--threads", "1"]
     if kind == "scoring":
         flags = ["--model", flags[1], "--data-file", str(tmp_path / "rows")]
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = os.environ | {"PYTHONPATH": str(Path(choice.__file__).parents[2])}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
-    def outcome(options):
+    def outcome(processes):
         """What is printed and kept, but for times."""
         shutil.rmtree("out", ignore_errors=True)
-        command = [sys.executable, *options, str(program), *flags]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        printed = run_program(program, flags, processes)
         answers = {}
         for path in Path("out/choice").glob("*.jsonl"):
             for line in path.read_text().splitlines()[1:]:
                 entry = json.loads(line)
                 answers[entry["item"]] = str(entry["nats"])[:12]
-        table = re.sub(r" +(ms|-+|[0-9.]+)\n", "\n", run.stdout)
+        table = re.sub(r" +(ms|-+|[0-9.]+)\n", "\n", printed)
         return table, sorted(path.name for path in Path("out/choice").iterdir()), answers
 
-    assert outcome(torchrun) == outcome([])
+    assert outcome(processes=2) == outcome(processes=1)
 
 
 RIGHT = "--data-file rows --references arc_easy --reference-files others"

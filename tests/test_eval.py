@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -208,18 +206,15 @@ def test_commands_that_a_run_cannot_answer(train, call, capsys, complaint, undra
 
 
 @pytest.mark.full
-def test_remix_in_two_processes(train, tmp_path, undrawn):
+def test_remix_in_two_processes(train, run_program, tmp_path, undrawn):
     """Two processes share the methods: the same table as of one."""
     train("--out run")
-    command = [str(Path(eval_py.__file__)), "remix", "run", "--most", "25", "--methods"]
-    command += ["NGD,random neighbours,oracle"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["remix", "run", "--most", "25", "--methods", "NGD,random neighbours,oracle"]
     tables = []
-    for options in ([], torchrun):
-        run = [sys.executable, *options, *command]
-        result = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path)
+    for processes in (1, 2):
+        printed = run_program(eval_py.__file__, flags, processes)
         report = json.loads((tmp_path / "run/remix-dev.json").read_text())
         for row in report["rows"].values():
             row.pop("ms")
-        tables.append((report["rows"], report["costs"], result.stdout[:300]))
+        tables.append((report["rows"], report["costs"], printed[:300]))
     assert tables[0] == tables[1]

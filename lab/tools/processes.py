@@ -4,6 +4,7 @@ Each process does the whole command, but of what takes long only its own share; 
 what all of them have found. The first one alone writes files and prints.
 """
 
+import atexit
 import os
 import sys
 
@@ -14,6 +15,7 @@ def join():
     """Join the other processes, where torchrun has started some."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checks import evaluation
+from lab.tools.checks import evaluation
 from lab.tools.cli import note
 from lab.tools.files import digest, require_form
 from lab.tools.texts import identify, read_tokens, tinystories, tokenizer

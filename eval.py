@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checks import undisturbed
 from data import Task, load_task
 from lab.checkpoints import choice
 from lab.composing.figures import robustness_figure, sharing_figure
@@ -38,6 +37,7 @@ from lab.scores.cloze import accuracy, answer_questions, most_frequent
 from lab.scores.evaluation import places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, processes, runs
+from lab.tools.checks import undisturbed
 from lab.tools.files import as_json, write
 from lab.tools.report import label
 from lab.tools.statistics import scipy_stats, share_interval

@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from checks import progress, require_finite, torch_defaults
 from lab.checkpoints.untrusted import (
     DTYPES,
     Settings,
@@ -32,6 +31,7 @@ from lab.checkpoints.untrusted import (
     require_tensors,
     room,
 )
+from lab.tools.checks import progress, require_finite, torch_defaults
 from lab.tools.files import as_json, whole_folder
 from moe import (
     Experts,

@@ -10,7 +10,7 @@ layer has many small networks, the *experts*, and a *router* that scores them fo
 So a model can hold many parameters, of which one token uses few. Three classes say this in code:
 `Router` chooses, `Experts` computes, `MoE` puts them together.
 
-Input is checked apart from this, in checks.py.
+Input is checked apart from this, in lab/tools/checks.py, the only file that this one needs.
 
 By default the model computes exactly what OLMoE (arXiv 2409.02060) computes: RMSNorm before each
 sub-layer, rotary positions, QK-norm, SwiGLU experts, a softmax router. No token is ever dropped,
@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checks import (
+from lab.tools.checks import (
     IGNORE,
     evaluation,
     require,

@@ -32,7 +32,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from checks import progress, require, torch_defaults
+from lab.tools.checks import progress, require, torch_defaults
 from moe import unwrapped
 from pathways.checks import require_config, require_gradient, require_moved, require_remixable
 from pathways.neighbours import KERNELS, TINY, Neighbours, find_neighbours, kernel

@@ -17,13 +17,13 @@ import torch
 from torch.func import functional_call
 from tqdm import tqdm
 
-from checks import undisturbed
 from data import Task, load_task
 from lab.composing.presets import build_model
 from lab.remixing.contest import taste
 from lab.scores.evaluation import final_scores, places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, report, runs
+from lab.tools.checks import undisturbed
 from lab.tools.files import as_json, owned_folder, write
 from lab.tools.memory import require_memory
 from lab.tools.settings import (

@@ -7,7 +7,7 @@ import difflib
 
 import torch
 
-from checks import (
+from lab.tools.checks import (
     require,
     require_finite,
     require_in_vocabulary,

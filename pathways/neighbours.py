@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from checks import torch_defaults
+from lab.tools.checks import torch_defaults
 from pathways.checks import require_enough
 from pathways.references import ReferenceSet
 from pathways.similarity import near_copies, similarity

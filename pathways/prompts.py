@@ -6,7 +6,7 @@ Letters in the shape comments:  n prompts    T tokens    V vocabulary    O optio
 import torch
 import torch.nn.functional as F
 
-from checks import require, require_in_vocabulary
+from lab.tools.checks import require, require_in_vocabulary
 
 MOST_TOKENS = 2_048  # of a pass, padding included: what it makes stays small beside the weights
 

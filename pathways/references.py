@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from checks import progress, require, torch_defaults
 from lab.tools import processes
+from lab.tools.checks import progress, require, torch_defaults
 from lab.tools.files import digest, read_tensors, write_tensors
 from moe import unwrapped
 from pathways.checks import require_labels, require_references, require_routers

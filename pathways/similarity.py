@@ -13,7 +13,7 @@ Letters in the shape comments:  n prompts    m references    T tokens    X width
 import torch
 import torch.nn.functional as F
 
-from checks import require_finite, torch_defaults
+from lab.tools.checks import require_finite, torch_defaults
 from pathways.checks import EMBEDDINGS, TFIDF, one_of, require_layer, require_own
 from pathways.prompts import portions
 from pathways.tail import Tail

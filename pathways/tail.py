@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from checks import evaluation
+from lab.tools.checks import evaluation
 from moe import Cache, Imposed, Router, unwrapped
 from pathways.checks import TOKENS, one_of, require_layers
 

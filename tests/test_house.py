@@ -12,29 +12,29 @@ FOLDERS = ("pathways", "lab", "notebooks", "tests")
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("pathways/*.py"), *ROOT.glob("lab/**/*.py")]
 MODULES = sorted(path.relative_to(ROOT) for path in PATHS)
 
-MODELS = {"moe", "checks", "cartesian", "data", "pathways", "remix", "hf"}
+MODELS = {"moe", "cartesian", "data", "pathways", "remix", "hf", "lab.tools.checks"}
 EXPERIMENTS = MODELS | {"lab.tools", "lab.scores"}
 ALLOWED = {  # what a file, or the files of a folder, may import of the project's own
-    "checks.py": set(),
-    "moe.py": {"checks"},
-    "cartesian.py": {"moe", "checks"},
-    "data.py": {"moe", "checks", "lab.tools.texts", "lab.tools.cli", "lab.tools.files"},
-    "pathways": {"moe", "checks", "pathways", "lab.tools.files", "lab.tools.processes"},
-    "remix.py": {"moe", "checks", "pathways"},
-    "hf.py": {"moe", "checks", "lab.checkpoints.untrusted", "lab.tools.files"},
+    "moe.py": {"lab.tools.checks"},
+    "cartesian.py": {"moe", "lab.tools.checks"},
+    "data.py": {"moe", "lab.tools.checks", "lab.tools.texts", "lab.tools.cli", "lab.tools.files"},
+    "pathways": {"moe", "lab.tools.checks", "pathways", "lab.tools.files", "lab.tools.processes"},
+    "remix.py": {"moe", "lab.tools.checks", "pathways"},
+    "hf.py": {"moe", "lab.tools.checks", "lab.checkpoints.untrusted", "lab.tools.files"},
     "lab/tools": MODELS | {"lab.tools", "lab.composing.presets"},
+    "lab/tools/checks.py": set(),
     "lab/tools/cli.py": set(),
     "lab/tools/processes.py": set(),
-    "lab/tools/files.py": {"checks"},
-    "lab/tools/memory.py": {"checks", "lab.checkpoints.untrusted"},
-    "lab/tools/texts.py": {"checks", "lab.tools.cli", "lab.tools.files"},
+    "lab/tools/files.py": {"lab.tools.checks"},
+    "lab/tools/memory.py": {"lab.tools.checks", "lab.checkpoints.untrusted"},
+    "lab/tools/texts.py": {"lab.tools.checks", "lab.tools.cli", "lab.tools.files"},
     "lab/scores": EXPERIMENTS,
     "lab/composing": EXPERIMENTS | {"lab.composing"},
     "lab/composing/layers.py": {"moe", "cartesian"},
     "lab/composing/presets.py": {"moe", "cartesian", "lab.composing.layers"},
     "lab/remixing": EXPERIMENTS | {"lab.remixing"},
     "lab/checkpoints": EXPERIMENTS | {"lab.remixing", "lab.checkpoints"},
-    "lab/checkpoints/untrusted.py": {"moe", "checks", "lab.tools.cli"},
+    "lab/checkpoints/untrusted.py": {"moe", "lab.tools.checks", "lab.tools.cli"},
     "lab/playground": EXPERIMENTS | {"lab.remixing", "lab.composing.presets", "lab.playground"},
     "lab/speed": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.speed"},
     "lab/pages": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.pages", "notebooks.pictures"},

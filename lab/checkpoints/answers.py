@@ -4,8 +4,8 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
-from checks import require
 from lab.tools import processes
+from lab.tools.checks import require
 from lab.tools.files import as_json, digest, owned
 
 

@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 import torch
 
 import hf
-from checks import progress, require_kinds
 from lab.checkpoints.answers import Answers, kept_answers
 from lab.checkpoints.benchmarks import (
     BENCHMARKS,
@@ -28,6 +27,7 @@ from lab.checkpoints.benchmarks import (
 )
 from lab.checkpoints.remixed import SURROGATES, pass_memory, plan_comparison, remix_benchmark
 from lab.tools import cli, processes
+from lab.tools.checks import progress, require_kinds
 from lab.tools.cli import note
 from lab.tools.files import digest
 from lab.tools.statistics import share_interval

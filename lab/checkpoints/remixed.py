@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from checks import progress, require
 from data import Problems
 from lab.checkpoints.answers import kept_answers
 from lab.checkpoints.benchmarks import Item, Prompt, as_problems, make_prompts, not_asked
@@ -20,6 +19,7 @@ from lab.remixing.arena import Arena, Outcome, selected
 from lab.remixing.contest import compete, pooled
 from lab.remixing.tables import LEGEND, main_table
 from lab.tools import processes
+from lab.tools.checks import progress, require
 from lab.tools.cli import note
 from lab.tools.files import digest, owned
 from pathways import ReferenceSet, critical_layers, fingerprint

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from checks import require, require_finite
+from lab.tools.checks import require, require_finite
 from lab.tools.cli import note
 
 MAX_JSON = 2**23  # bytes of a file

@@ -24,7 +24,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from checks import require, require_finite
+from lab.tools.checks import require, require_finite
 
 try:
     import fcntl

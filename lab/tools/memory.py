@@ -1,7 +1,7 @@
 """Whether a model fits into this machine, before anything is made."""
 
-from checks import require
 from lab.checkpoints.untrusted import room
+from lab.tools.checks import require
 
 
 def least_weights(sizes) -> int:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from checks import torch_defaults, undisturbed
 from lab.composing.presets import build_model, config_class
+from lab.tools.checks import torch_defaults, undisturbed
 from lab.tools.cli import command, nearest, note
 from lab.tools.files import (
     as_json,

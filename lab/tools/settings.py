@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from checks import require_kinds
 from data import TASKS
 from lab.composing.presets import PRESETS, config_class, preset
 from lab.tools import cli, runs
+from lab.tools.checks import require_kinds
 from lab.tools.files import new_folder
 from moe import MoEConfig, require
 

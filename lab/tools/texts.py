@@ -1,6 +1,6 @@
 """What is behind a text: tokenizers, files of tokens, the download of TinyStories.
 
-data.py stands on this file, which therefore imports nothing but checks.py, cli.py and files.py.
+data.py stands on this file, which therefore imports nothing but checks.py, cli.py and files.py beside it.
 
 python -m lab.tools.texts TEXT NEW_FILE    learn a tokenizer, for train_toy.py --tokenizer NEW_FILE
 """
@@ -15,7 +15,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from checks import require
+from lab.tools.checks import require
 from lab.tools.cli import Usage, nearest, note, program
 from lab.tools.files import digest, whole, write
 

@@ -236,7 +236,7 @@ def test_refused_file(message, tmp_path):
 def test_train(tmp_path, monkeypatch):
     """A run becomes a line, once; a line that was cut off, or other data, is refused."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "race", lambda names, turns: np.ones((turns, 2)))
+    monkeypatch.setattr(compare, "race", lambda calls, rounds: np.ones((2, rounds)))
     monkeypatch.setattr(compare.subprocess, "call", lambda argv, **_: train_toy.main(argv[3:]))
     for animal in ("fox", "dog"):
         stories = [f"{i} friends of the {animal}.\n<|endoftext|>\n" for i in range(999)]

@@ -11,7 +11,6 @@ import itertools
 import json
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from lab.composing.sharing import composed_blocks, sharing
 from lab.composing.verdict import DECLARED, comparison_report, draw_figures
 from lab.tools import cli, runs
 from lab.tools.files import as_json, digest, parse_json
+from lab.tools.race import race
 from moe import MoEConfig, require
 
 # Runs are compared only if they agree in these, in these sizes, and in all settings of train_toy.py
@@ -195,8 +195,9 @@ def measure_run(folder: Path, task) -> dict:
         result["robustness"] = robustness(model, task)
         if composed_blocks(model):
             result["sharing"] = sharing(model, task)
-    seconds = race([BASE, train_settings["preset"]], 11)
-    result["step"] = float(np.median(seconds[:, 1] / seconds[:, 0]))
+    steps = [training_step(name) for name in (BASE, train_settings["preset"])]
+    base_seconds, own_seconds = race(steps, 11)
+    result["step"] = float(np.median(own_seconds / base_seconds))
 
     # Its settings, without the paths.
     for name in ("data_file", "valid_file", "out", "resume"):  # of this machine only
@@ -204,27 +205,21 @@ def measure_run(folder: Path, task) -> dict:
     return result | {"settings": settings}
 
 
-def race(names: list[str], turns: int):
-    """Time a training step of each preset -> seconds (turns, presets).
-
-    They take turns, so that what slows the machine slows them all, in an order that changes.
-    """
-    models = [build_model(asdict(preset(name, MoEConfig(**TOY)))) for name in names]
-    optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in models]
+def training_step(name: str):
+    """A training step of a preset: a function without arguments."""
+    model = build_model(asdict(preset(name, MoEConfig(**TOY))))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens, targets = torch.randint(TOY["vocab_size"], (2, 8, TOY["context"]))
-    seconds = np.zeros((turns + 1, len(names)))
-    order = list(range(len(names)))
-    for turn in range(turns + 1):
-        order.reverse()
-        for i in order:
-            start = time.perf_counter()
-            out = models[i](tokens, targets)
-            loss = out.loss + 0.01 * out.balance_loss + 0.001 * out.z_loss
-            loss.backward()
-            optimizers[i].step()
-            optimizers[i].zero_grad()
-            seconds[turn, i] = time.perf_counter() - start
-    return seconds[1:]  # the first turn sets up
+
+    def step():
+        out = model(tokens, targets)
+        loss = out.loss + 0.01 * out.balance_loss + 0.001 * out.z_loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # the first one sets up, and is not timed
+    return step
 
 
 def append_line(path: str, line: dict):

@@ -3,13 +3,12 @@
 python -m lab.remixing.cost    the formula for OLMoE; clock and profiler on small models (a minute)
 """
 
-import time
-
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lab.tools import cli
+from lab.tools.race import race
 from moe import Imposed, MoEConfig, MoETransformer
 from pathways import Neighbours, ReferenceSet, Tail, critical_layers, frozen
 from remix import NeighbourLoss, RemixConfig, core_experts, ngd
@@ -17,7 +16,7 @@ from remix import NeighbourLoss, RemixConfig, core_experts, ngd
 OLMOE = MoEConfig(50_304, 4096, 2048, 16, 16, n_experts=64, top_k=8, d_expert=1024)
 SMALL = MoEConfig(3_144, 128, 128, 16, 16, n_experts=64, top_k=8, d_expert=64)  # its shape
 TOY = MoEConfig(vocab_size=47, context=64)
-K = 3  # neighbours of a prompt in the race
+K = 3  # neighbours of a prompt
 LEGEND = (
     "ms for a prompt; ratio: naive / exact, by the clock and in operations; + prefixes: with\n"
     "all prefixes of neighbours made anew; differ: the largest difference between their losses"
@@ -79,10 +78,12 @@ def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str
     return {name: k * cost / base for name, cost in costs.items()}
 
 
-# ---- race
+# ---- measured
 
 
-def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.float32, rounds=3):
+def measured(
+    sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.float32, rounds=3
+):
     """NGD on n prompts of T random tokens: the exact steps, the prefixes that they need, and the
     steps as full forwards (of a few prompts, which keep a processor as busy).
 
@@ -130,13 +131,9 @@ def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.fl
         }
 
         # The clock: the fastest of some rounds.
-        seconds = dict.fromkeys(calls, torch.inf)
-        for _ in range(rounds):
-            for name, (count, call) in calls.items():
-                begin = time.perf_counter()
-                call()
-                passed = time.perf_counter() - begin
-                seconds[name] = min(seconds[name], passed / count)
+        fastest = race([call for _, call in calls.values()], rounds).min(1)
+        counts = [count for count, _ in calls.values()]
+        seconds = dict(zip(calls, fastest / counts, strict=True))
 
         # The profiler.
         operations = {name: counted(call) / count for name, (count, call) in calls.items()}
@@ -150,20 +147,20 @@ def race(sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.fl
 
 
 def main(argv) -> int:
-    """The formula, and both races."""
+    """The formula, and two measurements."""
     torch.set_num_threads(1)
     print("NGD on OLMoE, 100 tokens, last 5 of 16 layers, k = 3, 10 steps, in base forwards:\n")
     costs = formula(OLMOE, T=100, last=5, k=3, steps=10)
     lines = [[name, f"{value:.2f}"] for name, value in costs.items()]
     print(cli.table(lines), end="\n\n")
 
-    races = {
+    sizes = {
         "toy, 64 tokens, last 2 of 4 layers": (TOY, 64, "last:2", 64, 16),
         "OLMoE's shape, 100 tokens, last 5 of 16": (SMALL, 100, "last:5", 128, 8),
     }
     lines = []
-    for name, arguments in races.items():
-        seconds, operations, apart = race(*arguments)
+    for name, arguments in sizes.items():
+        seconds, operations, apart = measured(*arguments)
         line = [name, f"{1000 * seconds['exact']:.1f}", f"{1000 * seconds['naive']:.0f}"]
         for cost in (seconds, operations):
             line.append(f"{cost['naive'] / cost['exact']:.0f}")

@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lab.tools import cli
+from lab.tools.race import race
 from moe import MoEConfig, MoETransformer, require
 
 B, T = 16, 128  # sequences, tokens in each
@@ -70,13 +71,12 @@ def peer_config(experts: str):
 
 
 def training_step(model):
-    """A training step on one fixed batch: a function () -> (milliseconds, cross-entropy)."""
+    """A training step on one fixed batch: a function () -> cross-entropy."""
     torch.manual_seed(0)
     x, y = torch.randint(CONFIG.vocab_size, (2, B, T))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step():
-        start = time.perf_counter()
         if isinstance(model, MoETransformer):
             out = model(x, y)
             balance = BALANCE * out.balance_loss
@@ -89,8 +89,7 @@ def training_step(model):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        ms = 1000 * (time.perf_counter() - start)
-        return ms, (loss - balance).item()
+        return (loss - balance).item()
 
     return step
 
@@ -104,22 +103,11 @@ def copy_weights(ours, theirs):
     require(sizes[0] == sizes[1], f"the models differ in size: {sizes}")
 
 
-def race(steps, rounds: int):
-    """Milliseconds (models, rounds) of steps in turn; the order turns round each time."""
-    ms = torch.empty(len(steps), rounds)
-    order = list(range(len(steps)))
-    for i in range(rounds):
-        for model in order:
-            ms[model, i], _ = steps[model]()
-        order.reverse()  # so that no model always follows the same one
-    return ms
-
-
 def where_time_goes(step, n: int = 5) -> dict[str, float]:
     """Milliseconds of a step for each of ROWS."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would announce itself
     with profile(activities=[ProfilerActivity.CPU]) as record:
-        wall = sum(step()[0] for _ in range(n)) / n
+        wall = 1000 * race([step], n).mean()
     ms = dict.fromkeys(ROWS, 0.0)
     for event in record.events():
         names, caller = [], event
@@ -179,9 +167,9 @@ def main(argv) -> int:
         copy_weights(ours, peer)
         names.append(f"transformers {experts}")
         steps.append(training_step(peer))
-    first = [step()[1] for step in steps]
+    first = [step() for step in steps]
     require(max(first) - min(first) < 1e-4, f"the models differ in their first loss: {first}")
-    ms = race(steps, rounds)
+    ms = torch.tensor(1000 * race(steps, rounds))
 
     print(f"One training step of {B} x {T} tokens, float32, one thread, {rounds} rounds:")
     sizes = f"d_model {CONFIG.d_model}, {CONFIG.n_layers} layers, "
@@ -190,7 +178,7 @@ def main(argv) -> int:
     print(f"vocabulary {CONFIG.vocab_size}; {versions}\n")
 
     # Ratios in pairs: noise that comes and goes cancels in them.
-    quartiles = torch.tensor([0.5, 0.25, 0.75])
+    quartiles = ms.new_tensor([0.5, 0.25, 0.75])
     ratios = (ms[0] / ms).quantile(quartiles, 1).T.tolist()
     medians = ms.quantile(0.5, 1).tolist()
     rows = []

@@ -1,6 +1,7 @@
 """What is behind a text: tokenizers, files of tokens, the download of TinyStories.
 
-data.py stands on this file, which therefore imports nothing but checks.py, cli.py and files.py beside it.
+data.py stands on this file, which therefore imports nothing but checks.py, cli.py and files.py
+beside it.
 
 python -m lab.tools.texts TEXT NEW_FILE    learn a tokenizer, for train_toy.py --tokenizer NEW_FILE
 """

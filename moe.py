@@ -10,7 +10,8 @@ layer has many small networks, the *experts*, and a *router* that scores them fo
 So a model can hold many parameters, of which one token uses few. Three classes say this in code:
 `Router` chooses, `Experts` computes, `MoE` puts them together.
 
-Input is checked apart from this, in lab/tools/checks.py, the only file that this one needs.
+Input is checked apart from this, in lab/tools/checks.py; that file is all that this one needs, and
+a few lines for torch.compile, lab/tools/compiled.py.
 
 By default the model computes exactly what OLMoE (arXiv 2409.02060) computes: RMSNorm before each
 sub-layer, rotary positions, QK-norm, SwiGLU experts, a softmax router. No token is ever dropped,
@@ -30,6 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lab.tools import compiled
 from lab.tools.checks import (
     IGNORE,
     evaluation,
@@ -188,8 +190,10 @@ class Experts(nn.Module):
         back = back.view(experts.shape)  # (N*K,) -> (N, K)
 
         # 3. A row for every pair: its token, and its routing weight.
-        rows = Dispatch.apply(x, order, back)  # (N, D) -> (N*K, D)
-        weight = Dispatch.apply(weights.reshape(-1, 1), order, back.reshape(-1, 1))  # (N*K, 1)
+        gradients = torch.is_grad_enabled()
+        dispatch = Dispatch.apply if gradients else Dispatch.forward
+        rows = dispatch(x, order, back)  # (N, D) -> (N*K, D)
+        weight = dispatch(weights.reshape(-1, 1), order, back.reshape(-1, 1))  # (N*K, 1)
 
         # 4. Each expert on its own group of rows. The weight multiplies where a row is F wide, and
         #    not behind `down`, where it is D wide: fewer numbers, the same result.
@@ -198,7 +202,8 @@ class Experts(nn.Module):
         y = grouped_matmul(hidden, self.down, ends)  # (N*K, D)
 
         # 5. The sum over the K pairs of each token.
-        return Combine.apply(y, order, back)  # (N*K, D) -> (N, D)
+        combine = Combine.apply if gradients else Combine.forward
+        return combine(y, order, back)  # (N*K, D) -> (N, D)
 
     def visit(self, x, weights, experts):
         """What `forward` computes, one visit after the other."""
@@ -220,14 +225,17 @@ class Dispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, order, back):
-        ctx.save_for_backward(back)
+    def forward(x, order, back):
         token = order // back.shape[1]  # (N*K,) the token of each pair
         return x.index_select(0, token)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
     def backward(ctx, grad):
-        (back,) = ctx.saved_tensors
+        _, back = ctx.saved_tensors
         return F.embedding_bag(back, grad.contiguous(), mode="sum"), None, None
 
 
@@ -238,9 +246,12 @@ class Combine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, order, back):
-        ctx.save_for_backward(order, back)
+    def forward(y, order, back):
         return F.embedding_bag(back, y, mode="sum")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx, grad):
@@ -249,7 +260,6 @@ class Combine(torch.autograd.Function):
         return grad.index_select(0, token), None, None
 
 
-@torch.compiler.disable  # group sizes are data; the fused kernel has no compiled form for float32
 def grouped_matmul(x, weight, ends):
     """Rows x (M, I), sorted by expert, each times its expert's matrix: weight (E, O, I) -> (M, O).
 
@@ -257,7 +267,9 @@ def grouped_matmul(x, weight, ends):
     torch has a fused kernel for it, which takes rows of whole 16 bytes.
     """
     if has_fused_kernel(x, weight):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+        compiling = x.is_cpu and torch.compiler.is_compiling()
+        multiply = compiled.grouped_mm if compiling else F.grouped_mm
+        return multiply(x, weight.transpose(1, 2), offs=ends)
     sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
     groups = zip(x.split(sizes), weight, strict=True)
     return torch.cat([rows @ matrix.T for rows, matrix in groups])

@@ -23,7 +23,7 @@ from lab.remixing.contest import taste
 from lab.scores.evaluation import final_scores, places
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, report, runs
-from lab.tools.checks import undisturbed
+from lab.tools.checks import require_inputs, require_tokens, undisturbed
 from lab.tools.files import as_json, owned_folder, write
 from lab.tools.memory import require_memory
 from lab.tools.settings import (
@@ -243,14 +243,26 @@ def schedule(step: int, train: TrainConfig) -> float:
 
 
 def make_forward(model, train: TrainConfig):
-    """model(tokens, targets), in bfloat16 or compiled if the settings say so."""
+    """model(tokens, targets), in bfloat16 or compiled if the settings say so.
+
+    Checks look at numbers, which would cut a compiled graph in two: they come before it.
+    """
 
     def forward_in_bfloat16(tokens, targets):
         weights = {name: weight.bfloat16() for name, weight in model.named_parameters()}
         return functional_call(model, weights, (tokens, targets))
 
     forward = forward_in_bfloat16 if train.dtype == "bfloat16" else model
-    return torch.compile(forward) if train.compile else forward
+    if not train.compile:
+        return forward
+    compiled = torch.compile(forward)
+
+    def checked(tokens, targets):
+        require_tokens(tokens, model.config.vocab_size)
+        require_inputs(tokens, targets, None, model.config.vocab_size)
+        return compiled(tokens, targets)
+
+    return checked
 
 
 def pick_device(name: str) -> torch.device:

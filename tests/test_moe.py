@@ -110,6 +110,8 @@ def test_experts_equal_a_loop(n, k, dtype, width, fused):
     expected = torch.stack(expected)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-12
     close(y, expected, tolerance)
+    with torch.no_grad():
+        assert torch.equal(experts(x, weights, chosen), y)
     upstream = torch.randn_like(y)
     inputs = (x, weights, *experts.parameters())
     gradients = torch.autograd.grad(y, inputs, upstream)

@@ -5,11 +5,13 @@ import json
 import os
 import signal
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from by_hand import full, refused
+from by_hand import close, full, refused
 from safetensors.torch import load_file
 
 import train_toy
@@ -313,3 +315,28 @@ def test_help_names_every_flag(call, capsys):
     for name in vars(TrainConfig()) | vars(MoEConfig()):
         assert name == "vocab_size" or f"--{name.replace('_', '-')}" in text
     assert "[0.003]" in text
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_in_one_piece(dtype, monkeypatch):
+    """torch.compile finds one graph and no cause to warn: same losses, gradients and checks."""
+    whole = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", whole)
+    task = SkillsTask(0)
+    train, sizes = new_settings({"dtype": dtype, "n_layers": 2, "steps": 2})
+    tokens, targets = task.batch(0, train.batch)
+    results = []
+    for compiled in (False, True):
+        train.compile = compiled
+        model, _ = train_toy.start(train, sizes, task)
+        forward = train_toy.make_forward(model, train)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            out = forward(tokens, targets)
+            (out.loss + out.balance_loss + out.z_loss).backward()
+        gradients = [weight.grad for weight in model.parameters()]
+        results.append([out.loss.detach(), out.balance_loss.detach(), *gradients])
+    close(*results, 1e-6 if dtype == "float32" else 1e-2)
+    with refused("the vocabulary goes from 0 to"):
+        forward(tokens + 99, targets)

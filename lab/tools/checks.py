@@ -11,6 +11,7 @@ import sys
 import typing
 from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from functools import wraps
 
 import torch
 from tqdm import tqdm
@@ -22,6 +23,17 @@ def require(condition: bool, message: str):
     """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def eager(check):
+    """A check that looks at numbers in tensors. torch.compile leaves it out: call it beforehand."""
+
+    @wraps(check)
+    def checked(*arguments):
+        if not torch.compiler.is_compiling():
+            check(*arguments)
+
+    return checked
 
 
 # ----------------------------------------------------------------------------------------- configs
@@ -94,6 +106,7 @@ def require_integers(what: str, tensor):
     require(kind in integers, f"{what} are {kind}; expected a tensor of integers, such as int64")
 
 
+@eager
 def require_finite(what: str, tensor, reason: str):
     """A tensor without NaN and infinities."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
@@ -134,6 +147,7 @@ def require_in_vocabulary(what: str, tokens, vocab_size: int):
 # ---------------------------------------------------------------------------- what a model is given
 
 
+@eager
 def require_tokens(tokens, vocab_size: int):
     """Tokens (B, T), not empty, of the vocabulary."""
     require_integers("tokens", tokens)
@@ -145,6 +159,7 @@ def require_tokens(tokens, vocab_size: int):
     require_in_vocabulary("tokens", tokens, vocab_size)
 
 
+@eager
 def require_inputs(tokens, targets, valid, vocab_size: int):
     """Targets that are tokens or IGNORE; in each sequence a token that is no padding."""
     shape = tuple(tokens.shape)
@@ -159,6 +174,7 @@ def require_inputs(tokens, targets, valid, vocab_size: int):
         require_in_vocabulary("targets", counted, vocab_size)
 
 
+@eager
 def require_stream(x, valid, cache, d_model: int):
     """A residual stream x (B, T, D), padded on the right, and a cache of as many sequences."""
     shape = tuple(x.shape)
@@ -173,12 +189,14 @@ def require_stream(x, valid, cache, d_model: int):
         require(n == shape[0], f"the cache has {n} sequences; x has {shape[0]}")
 
 
+@eager
 def require_attention(q, k):
     """Queries and keys from which attention can be computed."""
     numbers = torch.cat([q.flatten(), k.flatten()])
     require_finite("queries and keys", numbers, f"the model overflows in {q.dtype}, or is damaged")
 
 
+@eager
 def require_context(position, context: int):
     """Tokens within the context."""
     longest = int(position.max()) + 1
@@ -187,6 +205,7 @@ def require_context(position, context: int):
     )
 
 
+@eager
 def require_pathway(rows: dict, at, shape: tuple, n_experts: int, n_routers: int):
     """The rows of an imposed pathway that fit tokens of shape (B, T)."""
     B, T = shape

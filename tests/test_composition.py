@@ -10,8 +10,9 @@ import torch
 from data import CompositionTask
 from lab.composing import composition, composition_rows
 from lab.composing.composition import bits_about
-from lab.composing.composition_rows import Row, difference, unseen
-from moe import IGNORE
+from lab.composing.composition_rows import TESTS, Row, difference, result_of, unseen
+from lab.composing.presets import preset
+from moe import IGNORE, MoEConfig
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,31 @@ def test_differences_are_of_common_seeds():
     assert difference(ours, theirs).startswith("+40.0 (+40.0 to +40.0)")
 
 
+def line_of(preset_name, seed, share, **changes):
+    """A line of the results file, as far as a test reads it."""
+    row = Row("test", preset_name, changes)
+    return row._asdict() | {"seed": seed, "test": {"accuracy": share}}
+
+
+def test_a_declared_test_reads_its_own_runs_in_pairs():
+    lines = [line_of("cartesian", seed, share) for seed, share in enumerate((0.9, 0.8, 1.0))]
+    lines += [line_of("fine_grained", seed, share) for seed, share in enumerate((0.7, 0.7, 0.7))]
+    lines.append(line_of("cartesian", 3, 0.0))  # no rival: no pair
+    lines.append(line_of("cartesian", 0, 0.0, trained=0.4))  # of the other test
+    result = result_of(lines, TESTS[0])
+    assert result.seeds == [0, 1, 2]
+    assert math.isclose(result.mean, 0.2)
+    assert result.p == pytest.approx(0.0742, abs=1e-4)  # t = 0.2 / (0.1 / sqrt(3)), 2 degrees
+    assert result_of(lines, TESTS[1]) is None
+
+
+@pytest.mark.parametrize("name", composition_rows.LIKE)
+def test_every_control_fits_the_sizes_of_the_task(task, name):
+    sizes = {"n_layers": 1, "context": 16, "n_experts": 16, "d_expert": 32, "d_shared": 32}
+    assert sizes.items() <= task.settings.items()
+    preset(name, MoEConfig(vocab_size=task.vocab_size, top_k=2, **sizes))
+
+
 @pytest.mark.full
 def test_the_experiment_trains_what_its_results_lack(tmp_path, monkeypatch, capsys):
     row = Row("test", "cartesian", {"steps": 2})
@@ -106,4 +132,5 @@ def test_the_experiment_trains_what_its_results_lack(tmp_path, monkeypatch, caps
     assert unseen(lines, row).keys() == {0, 1}
     assert set(lines[0]["information"]) == {"layer 0 A", "layer 0 B"}
     assert composition.main(["table", *flags]) == 0
+    assert (tmp_path / "results.png").stat().st_size > 0
     assert "cartesian, steps 2" in capsys.readouterr().out

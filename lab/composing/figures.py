@@ -138,33 +138,52 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
 
 
 def composition_figure(
-    curves: dict[str, tuple],
+    steps: list[int],
+    curves: dict[str, list],
+    decays: dict[str, dict[float, list[float]]],
     shares: dict[str, list[float]],
     information: dict[str, dict[str, list[float]]],
     path: Path | None = None,
 ):
-    """Unseen pairs over the steps, at the end, and what a visit tells of the functions.
+    """Unseen pairs over the steps, by weight decay, at the end, and what a visit tells.
 
-    curves: name -> (steps (S,), shares (seeds, S)) on dev. shares: name -> one of each seed, on
-    test. information: name -> place of a router -> bits on f and on g.
+    curves: name -> a share at each of the steps (seeds, S), on dev. decays: name -> weight decay ->
+    a share of each dev seed. shares: name -> one of each seed, on test. information: name -> place
+    of a router -> bits on f and on g.
     """
-    fig, (left, middle, right) = figure(12, 4, ncols=3, width_ratios=[1, 1.1, 1])
-    for colour, (name, (steps, seeds)) in zip((BLUE, ORANGE), curves.items(), strict=False):
-        left.plot(steps, 100 * seeds.T, color=colour, alpha=0.3, linewidth=0.8)
-        left.plot(steps, 100 * seeds.mean(0), color=colour, linewidth=2, label=name)
-    left.set(xlabel="steps", ylabel="unseen pairs answered right (%)", ylim=(0, 102))
-    left.set_title("A pair of known functions, never seen together", fontsize=9)
-    left.legend(frameon=False, fontsize=8)
+    fig, ((first, second), (third, last)) = figure(10, 7, nrows=2, ncols=2)
+    colours = {"cartesian": BLUE, "fine_grained": ORANGE}
+
+    # Over the steps: a line for each seed, and their mean.
+    for name, seeds in curves.items():
+        preset, changed, _ = name.partition(",")
+        style = {"color": colours[preset], "linestyle": "--" if changed else "-"}
+        first.plot(steps, 100 * np.transpose(seeds), alpha=0.25, linewidth=0.6, **style)
+        first.plot(steps, 100 * np.mean(seeds, 0), linewidth=2, label=name, **style)
+    first.set(xlabel="steps", ylabel="unseen pairs answered right (%)", ylim=(0, 102))
+    first.set_title("Pairs of known functions, never seen together (dev)", fontsize=9)
+    first.legend(frameon=False, fontsize=8)
+
+    # By weight decay: a point for each dev seed, a line through their means.
+    for name, by_decay in decays.items():
+        means = [100 * np.mean(values) for values in by_decay.values()]
+        second.plot(by_decay.keys(), means, color=colours[name], linewidth=2, label=name)
+        for decay, values in by_decay.items():
+            points = np.multiply(100, values)
+            second.plot([decay] * len(values), points, "o", color=colours[name], markersize=3)
+    second.set_xscale("log", base=2)
+    second.set(xlabel="weight decay", ylabel="unseen pairs answered right (%)", ylim=(0, 102))
+    second.set_title("What weight decay does (dev seeds)", fontsize=9)
+    second.legend(frameon=False, fontsize=8)
 
     # At the end: a point for each seed, a bar for their mean.
     for row, (name, values) in enumerate(shares.items()):
-        colour = {"cartesian": BLUE, "fine_grained": ORANGE}.get(name, GREY)
-        middle.barh(row, 100 * np.mean(values), color=colour, alpha=0.45)
-        middle.plot(np.multiply(100, values), [row] * len(values), "o", color=INK, markersize=3)
-    middle.set_yticks(range(len(shares)), shares)
-    middle.invert_yaxis()
-    middle.set(xlabel="unseen pairs answered right (%)", xlim=(0, 102))
-    middle.set_title("The same parameters, joined otherwise", fontsize=9)
+        third.barh(row, 100 * np.mean(values), color=colours.get(name, GREY), alpha=0.45)
+        third.plot(np.multiply(100, values), [row] * len(values), "o", color=INK, markersize=3)
+    third.set_yticks(range(len(shares)), shares)
+    third.invert_yaxis()
+    third.set(xlabel="unseen pairs answered right (%)", xlim=(0, 102))
+    third.set_title("Other ways to join the experts, or none", fontsize=9)
 
     # What a visit tells: one row for each router, two bars for the two functions.
     rows = []
@@ -172,11 +191,12 @@ def composition_figure(
         for place, bits in places.items():
             rows.append((f"{name}, {place[-1]}", bits))
     for row, (_, (f, g)) in enumerate(rows):
-        right.barh(row - 0.2, f, 0.38, color=BLUE, label="first function, f" if not row else None)
-        right.barh(row + 0.2, g, 0.38, color=ORANGE, label="second, g" if not row else None)
-    right.set_yticks(range(len(rows)), [name for name, _ in rows])
-    right.invert_yaxis()
-    right.set(xlabel="bits that a visited expert tells")
-    right.set_title("Which function does a router look at?", fontsize=9)
-    right.legend(frameon=False, fontsize=8)
+        last.barh(row - 0.2, f, 0.38, color=BLUE, label="first function, f" if not row else None)
+        last.barh(row + 0.2, g, 0.38, color=ORANGE, label="second, g" if not row else None)
+    last.set_yticks(range(len(rows)), [name for name, _ in rows])
+    last.invert_yaxis()
+    last.set(xlabel="bits that a visited expert tells")
+    last.set_title("Which function does a router look at?", fontsize=9)
+    if rows:
+        last.legend(frameon=False, fontsize=8)
     return keep(fig, path)

@@ -24,17 +24,17 @@ from tqdm import tqdm
 from data import Task, load_task
 from lab.checkpoints import choice
 from lab.composing.figures import robustness_figure, sharing_figure
-from lab.composing.robustness import robustness, robustness_table
-from lab.composing.sharing import sharing, sharing_table
+from lab.composing.robustness import measure_robustness, robustness_table
+from lab.composing.sharing import measure_sharing, sharing_table
 from lab.playground.page import assemble, page_data
 from lab.remixing.arena import arena_of
-from lab.remixing.contest import contest
+from lab.remixing.contest import run_contest
 from lab.remixing.figures import contest_figures, sweeps_figure
 from lab.remixing.methods import METHODS
-from lab.remixing.sweeps import sweeps
-from lab.remixing.tables import report, sweep_table
-from lab.scores.cloze import accuracy, answer_questions, most_frequent
-from lab.scores.evaluation import places
+from lab.remixing.sweeps import run_sweeps
+from lab.remixing.tables import contest_report, sweep_table
+from lab.scores.cloze import answer_questions, most_frequent, share_right
+from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, processes, runs
 from lab.tools.checks import undisturbed
@@ -53,7 +53,7 @@ def main(argv=None) -> int:
         print(__doc__)
         return 0
     if command not in COMMANDS:
-        hint = cli.nearest(command, COMMANDS)
+        hint = cli.did_you_mean(command, COMMANDS)
         names = ", ".join(COMMANDS)
         raise cli.Usage(f"expected a command: {names}{hint} (--help tells what each does)")
     return COMMANDS[command](flags)
@@ -62,7 +62,12 @@ def main(argv=None) -> int:
 # --------------------------------------------------------------------------------- opening a run
 
 
-LIMITS = {"threads": (1, 1024), "tokens": (1, 2**31), "temperature": (0, 1e6), "seed": (0, 2**62)}
+FLAG_LIMITS = {
+    "threads": (1, 1024),
+    "tokens": (1, 2**31),
+    "temperature": (0, 1e6),
+    "seed": (0, 2**62),
+}
 
 
 class Run(NamedTuple):
@@ -94,7 +99,7 @@ def open_run(flags: dict) -> Run:
     require_limits(flags)
     torch.set_num_threads(flags["threads"])
     folder = flags["run"] or runs.newest()
-    model, train = runs.load(folder, chosen_router(flags))
+    model, train = runs.load_run(folder, chosen_router(flags))
     task = load_task(train, model.config.context)
     sizes = f"{task.vocab_size} tokens, the model {model.config.vocab_size}"
     same = task.vocab_size == model.config.vocab_size
@@ -105,7 +110,7 @@ def open_run(flags: dict) -> Run:
 
 def require_limits(flags: dict):
     """Usage where a number is none that the command can work with."""
-    for name, (low, high) in LIMITS.items():
+    for name, (low, high) in FLAG_LIMITS.items():
         value = flags.get(name)
         if value is not None and not low <= value <= high:
             raise cli.Usage(f"--{name} is {value}; expected a number from {low} to {high}")
@@ -144,7 +149,7 @@ def routing_command(argv) -> int:
     fault = f"{folder} is a dense model, or routes by hash: it has no router to look into"
     require(len(model.routers()) > 0, fault)
     special = specialisation(model, task, split, n_kinds=100)
-    names = places(model)
+    names = router_names(model)
 
     # How evenly does each router use its experts?
     rows = []
@@ -242,7 +247,7 @@ def cloze_command(argv) -> int:
     }
     rows, scores = [], {"questions": n}
     for name, answer in answers.items():
-        share = accuracy(answer, questions)
+        share = share_right(answer, questions)
         low, high = share_interval(round(share * n), n)
         scores[name] = {"accuracy": share, "interval": [low, high]}
         rows.append((name, f"{share:.1%}", f"{low:.1%} to {high:.1%}"))
@@ -268,7 +273,7 @@ def remix_command(argv) -> int:
 
     # Check the flags before anything takes time.
     settings = {name: flags[name] for name in vars(RemixConfig()) if name in flags}
-    cli.fill(RemixConfig, settings)
+    cli.make_config(RemixConfig, settings)
     methods = method_names(flags["methods"])
     folders, beside = flags["run"] or [runs.newest()], flags["beside"]
     split, most, strict = flags["split"], flags["most"], flags["strict"]
@@ -304,7 +309,7 @@ def remix_command(argv) -> int:
     out = flags["out"] or folders[0]
     out.mkdir(parents=True, exist_ok=True)
     if flags["ablate"]:
-        result = sweeps(arenas)
+        result = run_sweeps(arenas)
         if processes.rank() > 0:
             return 0
         print(sweep_table(result))
@@ -313,10 +318,10 @@ def remix_command(argv) -> int:
         sweeps_figure(result, title, paths[0])
         name += "-ablation"
     else:
-        result = contest(folders, arenas, methods, settings, beside, title)
+        result = run_contest(folders, arenas, methods, settings, beside, title)
         if processes.rank() > 0:
             return 0
-        print(report(result))
+        print(contest_report(result))
         paths = contest_figures(result, str(out / name))
     print("\nwrote", ", ".join(map(str, paths)))
     return save_scores(out, name, result)
@@ -329,7 +334,7 @@ def method_names(text: str | None) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in METHODS:
-            hint = cli.nearest(name, METHODS)
+            hint = cli.did_you_mean(name, METHODS)
             raise cli.Usage(f"unknown method {name!r}{hint} (there are: {', '.join(METHODS)})")
     return names
 
@@ -338,7 +343,7 @@ def robustness_command(argv) -> int:
     """What a model loses where its routing goes wrong: disabled first choices, and noise."""
     parser = command_parser("robustness", robustness_command.__doc__)
     folder, model, task, split = open_run(parser.parse(argv))
-    rows = robustness(model, task, split)
+    rows = measure_robustness(model, task, split)
     print(robustness_table(rows))
     path = folder / f"robustness-{split}.png"
     robustness_figure({folder.name: rows}, path)
@@ -350,7 +355,7 @@ def sharing_command(argv) -> int:
     """Which experts of A and B a Cartesian model composes, and how alike they are."""
     parser = command_parser("sharing", sharing_command.__doc__)
     folder, model, task, split = open_run(parser.parse(argv))
-    rows = sharing(model, task, split)
+    rows = measure_sharing(model, task, split)
     print(sharing_table([rows]))
     print("\ninformation: what a token's choice in A tells of that in B, in nats; shuffled: what")
     print("that would be by chance; cosines of the outputs of composed experts: of those that a")

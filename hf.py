@@ -26,7 +26,7 @@ from lab.checkpoints.untrusted import (
     download,
     one_line,
     read_entries,
-    read_json,
+    read_object,
     read_tokenizer,
     require_tensors,
     room,
@@ -346,7 +346,7 @@ def fetch(source, files: list[str], cache=None, offline=False) -> Path:
 def plan(folder: Path, dtype=None):
     """What a checkpoint will be -> (family, model without numbers, dtype)."""
     path = folder / "config.json"
-    name, config, stored = read_config(read_json(path), path)
+    name, config, stored = read_config(read_object(path), path)
     dtype = str(dtype or stored).removeprefix("torch.")
     names = ", ".join(DTYPES.values())
     require(dtype in DTYPES.values(), f"dtype is {dtype:.60}; expected one of {names}")

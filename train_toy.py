@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from data import Task, load_task
 from lab.composing.presets import build_model
-from lab.remixing.contest import taste
-from lab.scores.evaluation import final_scores, places
+from lab.remixing.contest import taste_of_remixing
+from lab.scores.evaluation import final_scores, router_names
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures, report, runs
 from lab.tools.checks import require_inputs, require_tokens, undisturbed
@@ -93,7 +93,7 @@ def train_run(train: TrainConfig, sizes: MoEConfig, single: bool) -> dict | None
     with owned_folder(folder):
         if not train.resume:
             require_no_run(folder)
-        print(report.describe(train, model, task, folder), end="\n\n")
+        print(report.describe_run(train, model, task, folder), end="\n\n")
         try:
             finished, log = train_loop(model, optimizer, task, train, folder)
             if finished:
@@ -115,7 +115,7 @@ def finish(model, task: Task, train: TrainConfig, folder: Path, log, single: boo
     loads = {}
     if model.routers():
         special = specialisation(model, task)
-        names = places(model)
+        names = router_names(model)
         loads = dict(zip(names, special.load, strict=True))
         title = f"Which expert does what: {what}"
         path = folder / "routing.png"
@@ -129,9 +129,9 @@ def finish(model, task: Task, train: TrainConfig, folder: Path, log, single: boo
         print(f"\nthree samples:\n\n{samples}")
     if train.taste and single and model.routers():
         router = type(model.routers()[0]) if train.router else None
-        print("\n" + taste(folder, router=router))
+        print("\n" + taste_of_remixing(folder, router=router))
     seconds = log[-1]["seconds"]
-    print(report.report(train, model, task, scores, seconds, loads, folder))
+    print(report.run_report(train, model, task, scores, seconds, loads, folder))
     return {**scores["test"], "seconds": seconds}
 
 
@@ -185,11 +185,11 @@ def train_loop(model, optimizer, task: Task, train: TrainConfig, folder: Path):
         line["dev"] = task.score(model, "dev")
         line["seconds"] = time.perf_counter() - begun
         log.append(line)
-        bar.write(report.progress(log))
+        bar.write(report.log_row(log))
 
     if not log:
         evaluate(0)
-        runs.save(folder, model, optimizer, 0, settings, log, losses)
+        runs.save_run(folder, model, optimizer, 0, settings, log, losses)
     with bar, cli.Interrupt() as interrupt:
         for step in range(first, train.steps):
             loss = update(forward, model, optimizer, task, train, step)
@@ -206,7 +206,7 @@ def train_loop(model, optimizer, task: Task, train: TrainConfig, folder: Path):
             if due:
                 evaluate(done)
             if due or interrupt.asked:
-                runs.save(folder, model, optimizer, done, settings, log, losses)
+                runs.save_run(folder, model, optimizer, done, settings, log, losses)
             if interrupt.asked and done < train.steps:
                 return False, log
     return True, log

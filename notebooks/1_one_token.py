@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import train_toy
 from data import SkillsTask
-from lab.scores.evaluation import places
+from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
 from lab.tools import cli
 from lab.tools.settings import TrainConfig
@@ -240,7 +240,7 @@ for name, factors in ways.items():
 # %%
 loads = {name: history["load"] for name, history in histories.items()}
 title = "The load of the experts over training"
-pictures.expert_loads(steps, loads, places(models["balance"]), title)
+pictures.expert_loads(steps, loads, router_names(models["balance"]), title)
 
 # %%
 panels = {
@@ -307,7 +307,7 @@ print(cli.table([row(name) for name in compared], header))
 # %%
 loads = {name: histories[name]["load"] for name in compared}
 title = "Without balance loss: raw weights, renormalised weights"
-pictures.expert_loads(steps, loads, places(models[name]), title)
+pictures.expert_loads(steps, loads, router_names(models[name]), title)
 
 # %% [markdown]
 # Fewer experts are lost, without any balance loss; in three seeds the balance loss ended at 2.1 to

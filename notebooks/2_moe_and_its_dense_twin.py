@@ -19,7 +19,7 @@ import torch
 
 import train_toy
 from data import SkillsTask
-from lab.scores.evaluation import places
+from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures
 from lab.tools.settings import TrainConfig
@@ -151,7 +151,7 @@ print(cli.table(rows, ["test", *keys]))
 
 # %%
 special = specialisation(models["moe"], task)
-layers = places(models["moe"])
+layers = router_names(models["moe"])
 title = "Which expert does what"
 figures.routing_figure(special.shares, special.load, special.kinds, layers, title)
 

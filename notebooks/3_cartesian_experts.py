@@ -27,8 +27,8 @@ from data import SkillsTask
 from lab.composing.figures import robustness_figure, sharing_figure
 from lab.composing.layers import Pairs
 from lab.composing.presets import build_model, preset
-from lab.composing.robustness import loss_at_mass, robustness, robustness_table
-from lab.composing.sharing import sharing, sharing_table
+from lab.composing.robustness import loss_at_mass, measure_robustness, robustness_table
+from lab.composing.sharing import measure_sharing, sharing_table
 from lab.tools import cli
 from lab.tools.settings import TrainConfig
 from moe import MoEConfig
@@ -262,7 +262,7 @@ print(cli.table(rows, header))
 # many tokens show by chance, with B's choices dealt out anew.
 
 # %%
-shared = sharing(models["cartesian"], task, "dev")
+shared = measure_sharing(models["cartesian"], task, "dev")
 sharing_figure(shared, "Composed experts of the skills task (dev), one toy")
 
 # %%
@@ -302,10 +302,10 @@ for name, model in {"in sequence": models["cartesian"], "literally": literal}.it
 #
 # The paper's Table 4 disables each token's most probable expert at every router, and lets it take
 # the next k. Perplexity then goes to 3095 for fine-grained and to 27.7 for CartesianMoE.
-# `robustness` of [lab/composing](../lab/composing/robustness.py) does that, and more:
+# `measure_robustness` of [lab/composing](../lab/composing/robustness.py) does that, and more:
 
 # %%
-protocols = {name: robustness(model, task, "dev") for name, model in models.items()}
+protocols = {name: measure_robustness(model, task, "dev") for name, model in models.items()}
 for name, rows in protocols.items():
     print(f"{name}\n{robustness_table(rows)}\n")
 

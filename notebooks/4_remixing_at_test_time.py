@@ -27,12 +27,12 @@ from IPython.display import display
 
 from data import SKILLS, Prompts, SkillsTask
 from lab.remixing.arena import Arena
-from lab.remixing.contest import compete, mistakes, pooled, subsets
+from lab.remixing.contest import compete, mistake_shares, pooled, subset_masks
 from lab.remixing.figures import example_figure, methods_figure, pathway_figure, reach_figure
 from lab.remixing.knowledge import LEVELS, variances
-from lab.remixing.reach import reach, reach_table, targets_of
+from lab.remixing.reach import measure_reach, reach_table, targets_of
 from lab.remixing.tables import main_table, mistakes_table
-from lab.scores.evaluation import places
+from lab.scores.evaluation import router_names
 from lab.tools import cli
 from lab.tools.settings import TrainConfig
 from moe import Imposed, MoEConfig, MoETransformer
@@ -97,7 +97,7 @@ print("pathways", tuple(pathways.shape), "  sums of the rows", pathways[0].sum(-
 print("layer 1 of the first:", pathways[0, 1])
 print("it visits", pathways[0, 1].topk(4).indices, "  the three answers:", logits.argmax(-1))
 panels = dict(zip(prompts, pathways.numpy(), strict=True))
-pathway_figure(panels, places(model), "What the routers say at the last token")
+pathway_figure(panels, router_names(model), "What the routers say at the last token")
 
 # %% [markdown]
 # Left and middle share the cue, left and right the numbers: a pathway depends on both.
@@ -415,7 +415,7 @@ panels = {"before": result.pathway_before[i], "after NGD": result.pathway[i]}
 for number, j in enumerate(index, 1):
     panels[f"neighbour {number}"] = references.pathways[j, 0]
 panels = {name: pathway.numpy() for name, pathway in panels.items()}
-pathway_figure(panels, places(model), "The prompt's pathway, and its neighbours'")
+pathway_figure(panels, router_names(model), "The prompt's pathway, and its neighbours'")
 
 # %% [markdown]
 # Left: the neighbours' loss falls; it is the only thing that NGD looks at. Right: the prompt's own
@@ -468,7 +468,7 @@ methods_figure(rows, f"Re-mixing on 200 dev prompts, seed {SEED}")
 # its *prior*?
 
 # %%
-reached = reach([targets_of(arena)])
+reached = measure_reach([targets_of(arena)])
 print(reach_table(reached))
 reach_figure(reached, "Where ten steps lead: to right labels and to wrong ones")
 
@@ -520,7 +520,7 @@ print(cli.table(lines, ["share of the variance", *LEVELS]))
 
 # %%
 lines = []
-for subset, inside in subsets(arena).items():  # inside (n,) bool
+for subset, inside in subset_masks(arena).items():  # inside (n,) bool
     results = pooled([outcomes], [arena.clusters], [inside])
     line = [subset, inside.sum()]
     for name in ("base", "NGD", "random neighbours", "prefix for each", "oracle"):
@@ -530,7 +530,7 @@ for subset, inside in subsets(arena).items():  # inside (n,) bool
 header = ["", "prompts", "base", "NGD", "random", "prefix", "oracle", "NGD - base, 95 %"]
 print(cli.table(lines, header), "\n")
 
-shares = {name: mistakes([outcomes[name]], [arena]) for name in ("base", "NGD", "oracle")}
+shares = {name: mistake_shares([outcomes[name]], [arena]) for name in ("base", "NGD", "oracle")}
 print(mistakes_table(shares), "\n")
 text = "in all, NGD gains {gain:+.1%}; 95 % interval {low:+.1%} to {high:+.1%}"
 print(text.format(**rows["NGD"]))

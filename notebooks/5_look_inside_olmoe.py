@@ -32,7 +32,7 @@ from lab.checkpoints.choice import log_likelihoods
 from lab.checkpoints.untrusted import read_entries
 from lab.composing.robustness import visited
 from lab.remixing.figures import pathway_figure
-from lab.scores.evaluation import places
+from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
 from lab.tools import cli, figures
 from lab.tools.settings import TrainConfig
@@ -149,7 +149,7 @@ print("logits", tuple(out.logits.shape), end=" ")
 print("  routers", len(out.routing), "  probs", tuple(out.routing[0].probs.shape))
 
 rows = []
-for place, routing in zip(places(model), out.routing, strict=True):
+for place, routing in zip(router_names(model), out.routing, strict=True):
     weights = routing.weights[-1]  # (K,) of the last token
     pairs = zip(routing.experts[-1].tolist(), weights.tolist(), strict=True)
     cells = [f"{expert}: {weight:.2f}" for expert, weight in pairs]
@@ -188,7 +188,7 @@ panels = {
     "its own": torch.cat([*own_rows.values()]).numpy(),
     "another prompt's": torch.cat([*other_rows.values()]).numpy(),
 }
-pathway_figure(panels, places(model), "Pathways at the last token")
+pathway_figure(panels, router_names(model), "Pathways at the last token")
 
 # %%
 with torch.no_grad():
@@ -478,7 +478,7 @@ print("without reading    (%)", percent_right(most_frequent))
 # %%
 special = specialisation(counting, largest)
 title = "Which expert takes which digit"
-figures.routing_figure(special.shares, special.load, special.kinds, places(counting), title)
+figures.routing_figure(special.shares, special.load, special.kinds, router_names(counting), title)
 
 # %% [markdown]
 # ## Exercises

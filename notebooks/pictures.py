@@ -24,7 +24,7 @@ def box(ax, x, y, text: str, width=1.0, height=0.4, colour=GREY, strong=False):
     shape = FancyBboxPatch(corner, width, height, boxstyle="round,pad=0,rounding_size=0.08")
     shape.set(facecolor=colour if strong else "white", edgecolor=colour, linewidth=1.5)
     ax.add_patch(shape)
-    write(ax, x, y, text, "white" if strong else INK, va="center")
+    write_text(ax, x, y, text, "white" if strong else INK, va="center")
 
 
 def arrow(ax, start, end, colour=INK, width=1.2):
@@ -33,7 +33,7 @@ def arrow(ax, start, end, colour=INK, width=1.2):
     ax.add_patch(FancyArrowPatch(start, end, color=colour, **style))
 
 
-def write(ax, x, y, text: str, colour=INK, size=8, ha="center", va="baseline"):
+def write_text(ax, x, y, text: str, colour=INK, size=8, ha="center", va="baseline"):
     """A text at the point (x, y)."""
     ax.text(x, y, text, ha=ha, va=va, fontsize=size, color=colour)
 
@@ -44,9 +44,9 @@ def write(ax, x, y, text: str, colour=INK, size=8, ha="center", va="baseline"):
 def moe_layer():
     """A token's way through an MoE layer: router, softmax, top-k, chosen experts, weighted sum."""
     fig, ax = canvas(8.6, 3.5)
-    write(ax, 2.2, 1.1, "a score for\neach expert", va="center")
-    write(ax, 3.9, 3.25, "softmax", va="center")
-    write(ax, 5.7, 3.25, "top 2: E(x)", va="center")
+    write_text(ax, 2.2, 1.1, "a score for\neach expert", va="center")
+    write_text(ax, 3.9, 3.25, "softmax", va="center")
+    write_text(ax, 5.7, 3.25, "top 2: E(x)", va="center")
 
     # The middle line: from the token to its output.
     middle = 1.55
@@ -63,12 +63,12 @@ def moe_layer():
         visited = share > 0.2
         colour = ORANGE if visited else GREY
         ax.barh(y, 2 * share, left=3.65, height=0.25, color=colour)
-        write(ax, 3.58, y, f"{share:.2f}", ha="right", va="center")
+        write_text(ax, 3.58, y, f"{share:.2f}", ha="right", va="center")
         box(ax, 5.7, y, f"expert {expert}", 0.9, 0.36, colour, visited)
         if visited:
             arrow(ax, (3.7 + 2 * share, y), (5.22, y), colour)
             arrow(ax, (6.17, y), (7.0, 1.55 + 0.1 * (2.5 - expert)), colour)
-            write(ax, 6.7, 0.95 * y + 0.07, f"x {share:.2f}", colour, ha="left", va="center")
+            write_text(ax, 6.7, 0.95 * y + 0.07, f"x {share:.2f}", colour, ha="left", va="center")
     return fig
 
 
@@ -82,9 +82,9 @@ def dispatch(experts: list[list[int]]):
     step = 0.35
     top = step * len(pairs) + 0.3
     fig, ax = canvas(8.6, top + 0.5)
-    write(ax, 1.0, top + 0.2, "by token")
-    write(ax, 3.9, top + 0.2, "sorted by expert: one product a group")
-    write(ax, 7.4, top + 0.2, "summed by token")
+    write_text(ax, 1.0, top + 0.2, "by token")
+    write_text(ax, 3.9, top + 0.2, "sorted by expert: one product a group")
+    write_text(ax, 7.4, top + 0.2, "summed by token")
     for place, origin in enumerate(order):
         token, expert = pairs[origin]
         colour = COLOURS[token % len(COLOURS)]
@@ -120,15 +120,15 @@ def twins():
     """An MoE layer beside its dense twin: the same activated width, more width in all."""
     fig, ax = canvas(8.0, 2.2)
     width, height = 0.38, 0.48  # of an expert
-    write(ax, 1.3, 1.95, "dense twin: one layer, always used")
+    write_text(ax, 1.3, 1.95, "dense twin: one layer, always used")
     box(ax, 1.3, 1.1, "width 4 F", 4 * width, height, BLUE, True)
-    write(ax, 5.5, 1.95, "MoE: 16 experts of width F, each token visits 4")
+    write_text(ax, 5.5, 1.95, "MoE: 16 experts of width F, each token visits 4")
     for expert in range(16):
         row, column = divmod(expert, 8)
         visited = expert in (2, 5, 8, 15)
         colour = BLUE if visited else GREY
         box(ax, 3.85 + 0.47 * column, 1.4 - 0.6 * row, "F", width, height, colour, visited)
-    write(ax, 4.0, 0.2, "filled: what one token uses, the same on both sides", BLUE)
+    write_text(ax, 4.0, 0.2, "filled: what one token uses, the same on both sides", BLUE)
     return fig
 
 
@@ -144,19 +144,19 @@ def moe_sublayer(ax, x, y, name: str, n: int, visited, colour, router: str, equa
         place = x + 0.44 * (expert - (n - 1) / 2)
         text = f"${name}_{{{expert + 1}}}$"
         box(ax, place, y + 1.1, text, 0.36, 0.36, colour if filled else GREY, filled)
-    write(ax, x + 1.0, y + 0.55, equation, ha="left", va="center")
+    write_text(ax, x + 1.0, y + 0.55, equation, ha="left", va="center")
 
 
 def two_blocks():
     """A MoE block, with one feed-forward sub-layer, beside a Cartesian block, with two."""
     fig, ax = canvas(8.4, 4.0)
-    write(ax, 2.2, 3.85, "MoE block: one sub-layer", size=10)
+    write_text(ax, 2.2, 3.85, "MoE block: one sub-layer", size=10)
     box(ax, 2.2, 0.55, "attention", 1.6)
     equation = "y = x + MoE(norm(x))"
     moe_sublayer(ax, 2.2, 0.75, "E", 8, (1, 3, 4, 6), INK, "top 4 of 8", equation)
     arrow(ax, (2.2, 2.05), (2.2, 2.4))
 
-    write(ax, 6.2, 3.85, "Cartesian block: two, one behind the other", size=10)
+    write_text(ax, 6.2, 3.85, "Cartesian block: two, one behind the other", size=10)
     box(ax, 6.2, 0.55, "attention", 1.6)
     equation = "u = x + A(norm(x))"
     moe_sublayer(ax, 6.2, 0.75, "A", 4, (0, 2), ORANGE, "top 2 of 4", equation)
@@ -190,7 +190,7 @@ def composition_grid(n: int, a: list[int], b: list[int]):
                 cell.set_alpha(1.0 if j in b else 0.3)
             ax.add_patch(cell)
             if i in a and j in b:
-                write(ax, x, y, f"{i}, {j}", "white", va="center")
+                write_text(ax, x, y, f"{i}, {j}", "white", va="center")
     return fig
 
 
@@ -200,7 +200,7 @@ def two_readings():
 
     # In sequence: the outputs of A are summed before B.
     x = 2.1
-    write(ax, x, 3.0, "in sequence: 2 K evaluations", size=10)
+    write_text(ax, x, 3.0, "in sequence: 2 K evaluations", size=10)
     box(ax, x, 0.3, "token", 1.0)
     box(ax, x, 1.5, "their weighted sum", 1.5)
     for number, side in ((1, -0.7), (2, 0.7)):
@@ -214,7 +214,7 @@ def two_readings():
 
     # Literally: each chosen expert of A goes through each one of B.
     x = 6.3
-    write(ax, x, 3.0, "literally, each pair alone: K + K x K evaluations", size=10)
+    write_text(ax, x, 3.0, "literally, each pair alone: K + K x K evaluations", size=10)
     box(ax, x, 0.3, "token", 1.0)
     for number, side in ((1, -0.7), (2, 0.7)):
         box(ax, x + side, 0.95, f"$A_{number}$", 0.5, 0.36, ORANGE, True)
@@ -279,7 +279,7 @@ def remixing():
         (1.3, 0.1, "as the routers choose"),
         (8.1, 0.1, "along the new pathway"),
     ):
-        write(ax, x, y, text, size=8.5)
+        write_text(ax, x, y, text, size=8.5)
     return fig
 
 
@@ -289,7 +289,7 @@ def one_token():
     tokens = ("marker", "a", "b", "cue")
     for column, token in enumerate(tokens):
         x = 1.4 + 1.3 * column
-        write(ax, x, 0.15, token, size=9)
+        write_text(ax, x, 0.15, token, size=9)
         for layer in range(4):
             y = 0.65 + 0.7 * layer
             if layer < 3:
@@ -302,13 +302,13 @@ def one_token():
                 box(ax, x, y, "one token", 1.0, 0.4, ORANGE, True)
                 arrow(ax, (4.52, y), (4.79, y), INK)
     for layer in range(4):
-        write(ax, 0.75, 0.65 + 0.7 * layer, f"layer {layer}", size=9, ha="right", va="center")
+        write_text(ax, 0.75, 0.65 + 0.7 * layer, f"layer {layer}", size=9, ha="right", va="center")
     arrow(ax, (5.3, 2.96), (5.3, 3.3), ORANGE)
 
     text = "anew for every\ncandidate pathway"
-    write(ax, 5.95, 2.05, text, ORANGE, size=9, ha="left", va="center")
+    write_text(ax, 5.95, 2.05, text, ORANGE, size=9, ha="left", va="center")
     text = "grey: computed once\n(here layer 1 is the first\nthat the pathway covers)"
-    write(ax, 5.95, 0.65, text, "black", size=9, ha="left", va="center")
+    write_text(ax, 5.95, 0.65, text, "black", size=9, ha="left", va="center")
     return fig
 
 
@@ -348,7 +348,7 @@ def triangle_figure(panels: dict, grid, tracks: dict, points: dict, ends: dict):
         ax.tricontour(x, y, losses, levels=levels, colors="white", linewidths=0.6)
         ax.plot(*corners[[0, 1, 2, 0]].T, color=INK, linewidth=1.2)
         for expert, (x, y) in enumerate(corners):
-            write(ax, x, y + (0.03 if y else -0.06), f"expert {expert}")
+            write_text(ax, x, y + (0.03 if y else -0.06), f"expert {expert}")
 
         if first:
             for kind, (face, edge, size, width) in DOTS.items():
@@ -386,7 +386,7 @@ def triangle_figure(panels: dict, grid, tracks: dict, points: dict, ends: dict):
 def stacked_experts():
     """The experts of a layer as a checkpoint of the hub has them, and as they stand in memory."""
     fig, ax = canvas(7.6, 2.8)
-    write(ax, 1.6, 2.5, "on disk: 3 E matrices", size=10)
+    write_text(ax, 1.6, 2.5, "on disk: 3 E matrices", size=10)
     for row, expert in enumerate(("0", "1", "E-1")):
         y = 2.0 - 0.75 * row
         box(ax, 0.7, y, f"gate\n{expert}", 0.6, 0.45, ORANGE)
@@ -394,7 +394,7 @@ def stacked_experts():
         box(ax, 2.5, y, f"down\n{expert}", 0.45, 0.6, BLUE)
 
     arrow(ax, (3.0, 1.25), (3.6, 1.25))
-    write(ax, 5.4, 2.5, "in memory: two tensors", size=10)
+    write_text(ax, 5.4, 2.5, "in memory: two tensors", size=10)
     for depth in (2, 1, 0):
         aside = 0.12 * depth
         y = 1.15 + aside
@@ -416,17 +416,17 @@ def places_to_change():
     for i, (text, change) in enumerate(steps.items()):
         x = 0.85 + 1.68 * i
         box(ax, x, 1.7, text, 1.3, 0.55, ORANGE if change else GREY, bool(change))
-        write(ax, x, 2.12, change, ORANGE, size=9)
+        write_text(ax, x, 2.12, change, ORANGE, size=9)
         if i < len(steps) - 1:
             arrow(ax, (x + 0.65, 1.7), (x + 1.03, 1.7))
 
     box(ax, 2.53, 0.45, "surrogate", 1.3, 0.55, ORANGE, True)
-    write(ax, 3.3, 0.4, "(b) your surrogate", ORANGE, size=9, ha="left")
+    write_text(ax, 3.3, 0.4, "(b) your surrogate", ORANGE, size=9, ha="left")
     arrow(ax, (2.3, 1.42), (2.3, 0.73))
     arrow(ax, (2.76, 0.73), (2.76, 1.42))
-    write(ax, 2.2, 1.05, "the model's pathway,\nneighbours", ha="right", va="center")
+    write_text(ax, 2.2, 1.05, "the model's pathway,\nneighbours", ha="right", va="center")
     text = "another pathway, imposed at one token"
-    write(ax, 2.86, 1.05, text, ha="left", va="center")
+    write_text(ax, 2.86, 1.05, text, ha="left", va="center")
     return fig
 
 

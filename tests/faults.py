@@ -80,7 +80,7 @@ def scored():
 
 
 def tokenise() -> int:
-    texts.BLOCK = 2000  # many blocks
+    texts.BLOCK_SIZE = 2000  # many blocks
     texts.read_tokens("book.txt", texts.tokenizer("tinystories"))
     return 0
 

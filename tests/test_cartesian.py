@@ -23,7 +23,7 @@ from by_hand import (
 import moe
 from cartesian import PAPER, TOY, count_parameters
 from lab.composing.layers import ComposedConfig, ComposedTransformer
-from lab.composing.presets import PRESETS, build_model, parameters, preset
+from lab.composing.presets import PRESETS, build_model, count_both, preset
 from lab.tools import runs
 from moe import Cache, Imposed, MoEConfig, Router
 
@@ -294,7 +294,7 @@ def test_presets_match():
     """842 million parameters in all and 247 activated, as in the paper, where it is meant."""
     others = {"dense_paper": 162, "smoe_top3": 255, "top_p": 842}
     for name in PRESETS:
-        total, activated = parameters(preset(name, MoEConfig(**PAPER)))
+        total, activated = count_both(preset(name, MoEConfig(**PAPER)))
         assert round(total / 1e6) == 842 or name.startswith("dense")
         assert activated / 1e6 == pytest.approx(others.get(name, 247.4), abs=0.5)
     toy = MoEConfig(**TOY)
@@ -313,8 +313,8 @@ def test_saved_run(tmp_path):
         tokens = torch.randint(V, (2, 8))
         settings = {"model": asdict(model.config), "train": {}}
         optimizer = torch.optim.AdamW(model.parameters())
-        runs.save(tmp_path, model, optimizer, 0, settings, [], [])
-        loaded, _ = runs.load(tmp_path)
+        runs.save_run(tmp_path, model, optimizer, 0, settings, [], [])
+        loaded, _ = runs.load_run(tmp_path)
         assert type(loaded) is type(model)
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 

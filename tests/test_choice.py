@@ -431,8 +431,8 @@ def test_shared_work_changes_nothing(method, folder):
     known = ReferenceSet.build(model, solved, labels, options)
     known.correct[:] = True
     arena = Arena(model, tokens, labels, known, RemixConfig(batch=4), lengths, options)
-    alone = compete(arena, [remixed.SURROGATES[method]])
-    together = compete(replace(arena, prefixes={}), [remixed.SURROGATES[method]])
+    alone = compete(arena, [remixed.TABLE_NAMES[method]])
+    together = compete(replace(arena, prefixes={}), [remixed.TABLE_NAMES[method]])
     for name, outcome in alone.items():
         for ours, theirs in zip(together[name][:3], outcome[:3], strict=True):
             assert (ours == theirs).all()

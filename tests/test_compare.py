@@ -12,12 +12,18 @@ import train_toy
 from data import Kinds
 from lab.composing import compare
 from lab.composing.effects import describe_effect, paired_effect, unpaired_effect
-from lab.composing.robustness import disturbed, noise, protocols, robustness, without_best
+from lab.composing.robustness import (
+    disturbed,
+    measure_robustness,
+    protocols,
+    with_noise,
+    without_best,
+)
 from lab.composing.sharing import (
     composed_outputs,
     mean_cosines,
+    measure_sharing,
     mutual_information,
-    sharing,
     sharing_table,
     shuffled_information,
     use_ratios,
@@ -67,7 +73,7 @@ def test_changes():
     k = torch.full((400, 1), 4.0)
     assert torch.equal(without_best(0)(probs, k), probs)
     assert torch.equal(without_best(share=0.5)(probs, k), without_best(2)(probs, k))
-    close(noise(0.0)(probs, k), probs)
+    close(with_noise(0.0)(probs, k), probs)
     disabled = (without_best(0.25)(probs, k) == 0).sum()
     assert 60 < disabled < 140
 
@@ -75,11 +81,11 @@ def test_changes():
 def test_robustness():
     """Every protocol has a row; A and B lose half of what both lose."""
     model = small_preset("cartesian", n_experts=8).float()
-    rows = robustness(model, Windows())
+    rows = measure_robustness(model, Windows())
     assert rows["intact"]["loss"] == Windows().score(model, "test")["loss"] != rows["A"]["loss"]
     assert rows["top-1"]["experts"] == rows["a half"]["experts"] == 0.5
     assert rows["A"]["experts"] == rows["B"]["experts"] == 0.25
-    half = robustness(small_preset("top_p").float(), Windows())["a half"]
+    half = measure_robustness(small_preset("top_p").float(), Windows())["a half"]
     assert half["experts"] == pytest.approx(0.5, abs=0.1)
     with refused("no router"):
         protocols(small_preset("hash"))
@@ -128,7 +134,7 @@ def test_sharing():
     assert [among_all for _, among_all in cosines.values()] == [1, 0, 0, 0]
 
     model = small_preset("cartesian").float()
-    row = sharing(model, Windows())[1]
+    row = measure_sharing(model, Windows())[1]
     a, b = model(Windows.tokens).routing[2:4]
     use = torch.zeros(4, 4)
     for experts_a, experts_b in zip(a.experts, b.experts, strict=True):
@@ -142,7 +148,7 @@ def test_sharing():
     last = sharing_table([[row | {"use": use, "most": 0.0}]]).splitlines()[-1]
     assert last.split()[4:8] == ["-", "0.70", "to", "1.44"]
     with refused("this model composes no experts"):
-        sharing(small_preset("dense_two"), Windows())
+        measure_sharing(small_preset("dense_two"), Windows())
 
 
 # ---- the results file

@@ -15,13 +15,13 @@ from pretended import PretendedDevice, move
 import eval as eval_py
 from lab.remixing import cost
 from lab.remixing.arena import Arena, Outcome, judged, own_answers
-from lab.remixing.contest import contest, pooled
+from lab.remixing.contest import pooled, run_contest
 from lab.remixing.controls import wrong_labels
-from lab.remixing.corrections import corrections, mended_pathways, shuffled_corrections
-from lab.remixing.methods import METHODS, Method, answered, settings_of
+from lab.remixing.corrections import carried_corrections, mended_pathways, shuffled_corrections
+from lab.remixing.methods import METHODS, Method, run_method, tuned_settings
 from lab.remixing.rivals import tuned_model
-from lab.remixing.sweeps import sweeps
-from lab.remixing.tables import gain_table, report
+from lab.remixing.sweeps import run_sweeps
+from lab.remixing.tables import contest_report, gain_table
 from moe import MoEConfig, MoETransformer
 from pathways import ReferenceSet, padded
 from remix import RemixConfig
@@ -60,8 +60,8 @@ def test_no_method_sees_a_label(arena, name):
     Each method is deterministic, and leaves the model and its own answers as they were."""
     weights = [weight.clone() for weight in arena.model.parameters()]
     brief = {"steps": 5, "batch": 8} if METHODS[name].trains_once else {}
-    first = answered(name, arena, **brief)
-    assert torch.equal(first.logits, answered(name, arena, **brief).logits)
+    first = run_method(name, arena, **brief)
+    assert torch.equal(first.logits, run_method(name, arena, **brief).logits)
     assert torch.equal(first.logits_before, own_answers(arena).logits)
     assert all(map(torch.equal, weights, arena.model.parameters()))
     if name not in ("entropy", "noisy ensemble"):
@@ -69,7 +69,7 @@ def test_no_method_sees_a_label(arena, name):
 
     assert (wrong_labels(arena) != arena.labels).all()
     arena.labels = (arena.labels + 5) % 11
-    other = answered(name, arena, **brief)
+    other = run_method(name, arena, **brief)
     aims = name in ("oracle", "random wrong label")
     assert torch.equal(other.logits, first.logits) != aims
 
@@ -84,14 +84,14 @@ def test_every_method_has_settings(arena):
         tuned = owner.tuned["skills"]
         assert tuned in owner.tries
         expected = tuned | ({"lr": 0.7} if owner is METHODS["NGD"] else {})
-        assert settings_of(name, arena, {"lr": 0.7}) == expected
+        assert tuned_settings(name, arena, {"lr": 0.7}) == expected
     with refused("a method needs settings to try"):
         Method(own_answers)
 
 
 def test_corrections_of_anyone(arena):
     """Corrections ask all references; shuffled ones are moved by those of others."""
-    own = corrections(arena, scale=1.5)
+    own = carried_corrections(arena, scale=1.5)
     assert not arena.references.correct[own.neighbours.index].all()
     shuffled = shuffled_corrections(arena, scale=1.5)
     assert torch.equal(shuffled.neighbours.index, own.neighbours.index)
@@ -102,8 +102,8 @@ def test_corrections_of_anyone(arena):
 
 def test_in_context_is_a_longer_prompt(arena):
     """The solved neighbours stand before the prompt, the nearest last. A vote counts labels."""
-    logits = answered("in-context", arena).logits
-    votes = answered("kNN vote", arena).logits
+    logits = run_method("in-context", arena).logits
+    votes = run_method("kNN vote", arena).logits
     references, near = arena.references, arena.neighbours
     for i, length in enumerate(arena.lengths):
         row = arena.tokens[i, :length]
@@ -119,7 +119,7 @@ def test_in_context_is_a_longer_prompt(arena):
 @pytest.mark.parametrize("name", [name for name in METHODS if name.endswith((" each", " all"))])
 def test_a_prompt_before_the_prompt(arena, name):
     """Without a step both are their start: two mean embeddings before the prompt."""
-    logits = answered(name, arena, length=2, steps=0).logits
+    logits = run_method(name, arena, length=2, steps=0).logits
     model = arena.model
     mean = model.embedding.weight.mean(0).expand(1, 2, -1)
     for i, length in enumerate(arena.lengths):
@@ -167,9 +167,9 @@ def test_contest_and_report(arena):
     """Three runs: a table, tests over the seeds; and the contest beside itself, in pairs."""
     names = ["NGD", "kernel regression", "oracle", "random wrong label"]
     folders = [Path(f"skills-s{seed}") for seed in range(3)]
-    result = contest(folders, [arena] * 3, names, {}, [], "3 seeds, dev")
+    result = run_contest(folders, [arena] * 3, names, {}, [], "3 seeds, dev")
     assert set(json.loads(json.dumps(result))) == set(result)
-    text = report(result)
+    text = contest_report(result)
     assert f"{result['rows']['NGD']['accuracy']:.1%}" in text
     assert "tests in pairs, 3 seeds" in text
     assert "+0.0% (+0.0% to +0.0%)" in gain_table(result, result)
@@ -178,7 +178,7 @@ def test_contest_and_report(arena):
 @pytest.mark.full
 def test_sweeps():
     """Every variation runs; those that are NGD as it is gain the same."""
-    result = sweeps([an_arena((3, 3, 3), 90, n_layers=4, n_experts=16)])
+    result = run_sweeps([an_arena((3, 3, 3), 90, n_layers=4, n_experts=16)])
     gains = {value: row["gain"] for rows in result.values() for value, row in rows.items()}
     for value in ("gaussian", "last", "0.5", "logits normed 0.5", "6656"):
         assert gains[value] == gains["all"]
@@ -195,7 +195,7 @@ def test_formula_is_what_the_profiler_counts():
     model = MoETransformer(sizes).double().eval()
     x = model.embed(torch.zeros(1, T, dtype=torch.int64)).detach()
     with torch.no_grad():
-        forward = cost.counted(lambda: model.head(model.run_blocks(x)[:, -1]))
+        forward = cost.count_operations(lambda: model.head(model.run_blocks(x)[:, -1]))
     counts = [operations[name] / forward for name in ("exact", "prefixes", "naive")]
     _, steps, prefixes, naive = cost.formula(sizes, T, 2, 3, 10).values()
     assert counts == pytest.approx([steps, prefixes * (T - 1) / T, naive], rel=0.05)
@@ -227,7 +227,7 @@ def test_another_device(arena, name):
     brief = {"steps": 5, "batch": 8} if name != "base" and METHODS[name].trains_once else {}
 
     def outcome():
-        method = own_answers if name == "base" else partial(answered, name, **brief)
+        method = own_answers if name == "base" else partial(run_method, name, **brief)
         return judged(replace(arena), method)
 
     expected = outcome()

@@ -14,8 +14,8 @@ import eval as eval_py
 import train_toy
 from cartesian import CartesianConfig, CartesianTransformer
 from data import SkillsTask, TextData
-from lab.scores.cloze import accuracy, answer_questions, most_frequent
-from lab.scores.evaluation import places
+from lab.scores.cloze import answer_questions, most_frequent, share_right
+from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
 from lab.tools import runs
 from lab.tools.texts import END
@@ -47,7 +47,7 @@ def test_perplexity_is_the_mean_over_all_tokens(run, tales, call, capsys):
     assert call(eval_py, "perplexity --split test") == 0
     scores = json.loads((run / "perplexity-test.json").read_text())
     assert f"{scores['bits_per_byte']:.4f}" in capsys.readouterr().out
-    model, _ = runs.load(run)
+    model, _ = runs.load_run(run)
     nats = n_bytes = n_tokens = 0
     for tokens, targets in zip(*tales.held_out("test", None), strict=True):
         logits = model(tokens[None]).logits[0]
@@ -68,7 +68,7 @@ def test_routing_counts_every_visit(run, tales, call, capsys):
     assert "layer 1" in text and "takes most of" in text
     assert (run / "routing.png").exists() and (run / "routing-dev.json").exists()
 
-    model, _ = runs.load(run)
+    model, _ = runs.load_run(run)
     special = specialisation(model, tales, "dev", n_kinds=100)
     tokens, _ = tales.held_out("dev")
     routing = model(tokens).routing[1]
@@ -90,9 +90,9 @@ def test_one_expert_has_no_entropy():
 def test_routers_have_places():
     """Layers are counted as blocks, dense ones too; a block with two routers has A and B."""
     moe = MoETransformer(MoEConfig(n_layers=3, dense_layers=(0,)))
-    assert places(moe) == ["layer 1", "layer 2"]
+    assert router_names(moe) == ["layer 1", "layer 2"]
     two = CartesianTransformer(CartesianConfig(n_layers=2, dense_layers=(0,)))
-    assert places(two) == ["layer 1 A", "layer 1 B"]
+    assert router_names(two) == ["layer 1 A", "layer 1 B"]
 
 
 @pytest.mark.full
@@ -114,7 +114,7 @@ def test_sample_shows_what_generate_returns(run, tales, call, capsys, complaint)
     capsys.readouterr()
     assert call(eval_py, f"sample {run} --prompt Once --temperature 0 --tokens 12") == 0
     shown = capsys.readouterr().out.split("parameters\n\n")[1]
-    model, _ = runs.load(run)
+    model, _ = runs.load_run(run)
     end = tales.encoding.eot_token
     prompt = [end, *tales.encoding.encode_ordinary("Once")]
     tokens = model.generate(torch.tensor([prompt]), 12, stop=end)[0].tolist()
@@ -157,8 +157,8 @@ def test_cloze_answers(tales):
         counts = [endings.count(tales.encoding.decode([token])) for token in options.tolist()]
         frequent = tales.encoding.decode([int(most_frequent(questions)[i])])
         assert endings.count(frequent) == max(counts) > 0
-    assert accuracy(questions.labels, questions) == 1
-    assert accuracy(questions.labels[:2] - 1, questions) == 0
+    assert share_right(questions.labels, questions) == 1
+    assert share_right(questions.labels[:2] - 1, questions) == 0
 
 
 def test_evaluation_leaves_the_model_as_it_was(tales):

@@ -31,7 +31,9 @@ def save(step: int) -> int:
     torch.nn.init.constant_(model.norm.weight, step)
     settings = {"model": vars(model.config), "train": {"data": "skills", "seed": 0}}
     log = [{"step": step}]
-    runs.save(Path("run"), model, torch.optim.AdamW(model.parameters()), step, settings, log, [])
+    runs.save_run(
+        Path("run"), model, torch.optim.AdamW(model.parameters()), step, settings, log, []
+    )
     return 0
 
 
@@ -46,7 +48,7 @@ def test_killed_at_every_step_of_a_save(tmp_path, monkeypatch):
             save(1)
         code, _ = faults.child(partial(save, 2), partial(faults.kill_at, last_step))
         if Path("run/state.safetensors").exists():
-            model, _ = runs.load(Path("run"))
+            model, _ = runs.load_run(Path("run"))
             state, about = runs.read_state(Path("run"))
             assert torch.equal(model.norm.weight, state["weight/norm.weight"])
             runs.resume(Path("run"), model, torch.optim.AdamW(model.parameters()))

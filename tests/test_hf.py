@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import hf
 from lab.checkpoints import rehearsal
 from lab.checkpoints.rehearsal import watched
-from lab.checkpoints.untrusted import read_json
+from lab.checkpoints.untrusted import read_object
 from moe import MoEConfig, MoETransformer
 
 
@@ -224,7 +224,7 @@ def test_deepseek_by_hand(changes, in_config, tmp_path):
     edit(tmp_path / "saved/config.json", **in_config)
     tokens = torch.randint(37, (12,))
     weights = load_file(tmp_path / "saved/model.safetensors")
-    expected = deepseek(weights, read_json(tmp_path / "saved/config.json"), tokens)
+    expected = deepseek(weights, read_object(tmp_path / "saved/config.json"), tokens)
     loaded, _ = hf.load(tmp_path / "saved")
     close(loaded(tokens[None]).logits[0], expected, 1e-6)  # our rotary angles are in float32
 
@@ -259,7 +259,7 @@ WRONG_SETTINGS = {
 def test_wrong_settings(name, good):
     """What config.json asks for and we do not compute is refused by the name of its key."""
     changes, message = WRONG_SETTINGS[name]
-    raw = read_json(good / "config.json") | changes
+    raw = read_object(good / "config.json") | changes
     with refused(message):
         hf.read_config(raw, "config.json")
 

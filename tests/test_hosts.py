@@ -154,9 +154,9 @@ def going_to_the_hub(model, references, folder):
 def saving(model, references, folder):
     optimizer = torch.optim.AdamW(model.parameters())
     settings = {"model": vars(unwrapped(model).config), "train": {}}
-    runs.save(folder, model, optimizer, 0, settings, [], [])
+    runs.save_run(folder, model, optimizer, 0, settings, [], [])
     runs.resume(folder, model, optimizer)
-    return tuple(runs.load(folder)[0].state_dict().values())
+    return tuple(runs.load_run(folder)[0].state_dict().values())
 
 
 def scoring(model, references, folder):

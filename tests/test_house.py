@@ -35,7 +35,7 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     "lab/composing/presets.py": {"moe", "cartesian", "lab.composing.layers"},
     "lab/remixing": EXPERIMENTS | {"lab.remixing"},
     "lab/checkpoints": EXPERIMENTS | {"lab.remixing", "lab.checkpoints"},
-    "lab/checkpoints/untrusted.py": {"moe", "lab.tools.checks", "lab.tools.cli"},
+    "lab/checkpoints/untrusted.py": {"lab.tools.checks", "lab.tools.cli", "lab.tools.files"},
     "lab/playground": EXPERIMENTS | {"lab.remixing", "lab.composing.presets", "lab.playground"},
     "lab/speed": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.speed"},
     "lab/pages": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.pages", "notebooks.pictures"},

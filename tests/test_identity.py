@@ -18,7 +18,7 @@ from data import TextData
 from lab.checkpoints.benchmarks import Item, not_asked
 from lab.remixing import arena
 from lab.tools import files, texts
-from lab.tools.texts import BLOCK, END, LONGEST, documents, encode, tokenizer
+from lab.tools.texts import BLOCK_SIZE, END, LONGEST, documents, encode, tokenizer
 from moe import MoEConfig, MoETransformer, Router
 from pathways import ReferenceSet, fingerprint
 
@@ -301,9 +301,9 @@ def test_a_book_is_split_by_place(tmp_path, capsys):
 UGLY = {  # bytes -> the documents that they hold
     "byte-order mark": (b"\xef\xbb\xbf<|endoftext|>\n\xef\xbb\xbfone\n", ["one"]),
     "line ends": (b"one\r\ntwo\r\n<|endoftext|>\r\nthree\rfour", ["one\ntwo", "three\nfour"]),
-    "blanks": (b" " * (BLOCK + 5) + b"one" + b"\n" * BLOCK + b"<|endoftext|>\n", ["one"]),
-    "long lines": (b"word " * BLOCK, ["word " * (BLOCK - 1) + "word"]),
-    "many lines": (b"word\n" * BLOCK, ["word\n" * (BLOCK - 1) + "word"]),
+    "blanks": (b" " * (BLOCK_SIZE + 5) + b"one" + b"\n" * BLOCK_SIZE + b"<|endoftext|>\n", ["one"]),
+    "long lines": (b"word " * BLOCK_SIZE, ["word " * (BLOCK_SIZE - 1) + "word"]),
+    "many lines": (b"word\n" * BLOCK_SIZE, ["word\n" * (BLOCK_SIZE - 1) + "word"]),
 }
 
 
@@ -313,7 +313,7 @@ def test_texts_as_people_have_them(content, expected, tmp_path):
     (tmp_path / "text").write_bytes(content)
     found, text = [], ""
     for block, ended in documents(tmp_path / "text"):
-        assert len(block) <= BLOCK + 2**20
+        assert len(block) <= BLOCK_SIZE + 2**20
         text += block
         if ended:
             found.append(text)

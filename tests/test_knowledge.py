@@ -7,7 +7,14 @@ import torch
 
 from data import SkillsTask
 from lab.remixing.arena import Arena, own_answers
-from lab.remixing.knowledge import ANSWERS, LEVELS, exchange, knowledge, report, variance
+from lab.remixing.knowledge import (
+    ANSWERS,
+    LEVELS,
+    exchange,
+    knowledge_report,
+    measure_knowledge,
+    variance,
+)
 from lab.remixing.reach import RIGHT, WRONG, Targets, at_equal_priors, by_prior, targets_of
 from moe import MoEConfig, MoETransformer
 from pathways import ReferenceSet
@@ -113,5 +120,5 @@ def test_exchange_of_pathways(arena):
 @pytest.mark.full
 def test_three_runs_make_a_report(arena):
     """All measurements, with intervals over seeds, as a table."""
-    text = report({"runs": ["a", "b", "c"]} | knowledge([arena] * 3))
+    text = knowledge_report({"runs": ["a", "b", "c"]} | measure_knowledge([arena] * 3))
     assert RIGHT in text and WRONG in text and "3 seeds" in text

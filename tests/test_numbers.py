@@ -104,7 +104,7 @@ def save_run(folder, value):
     model = tiny().float()
     settings = {"model": vars(model.config), "train": {}}
     log = [{"step": 0, "seconds": 0.0, "train_loss": None, "dev": {"loss": value}}]
-    runs.save(folder, model, torch.optim.AdamW(model.parameters()), 0, settings, log, [])
+    runs.save_run(folder, model, torch.optim.AdamW(model.parameters()), 0, settings, log, [])
 
 
 def save_answers(folder, value):
@@ -138,13 +138,13 @@ def save_hub(folder, model):
 
 def save_weights(folder, model):
     settings = {"model": vars(model.config), "train": {}}
-    runs.save(folder, model, torch.optim.AdamW(model.parameters()), 0, settings, [], [])
+    runs.save_run(folder, model, torch.optim.AdamW(model.parameters()), 0, settings, [], [])
 
 
 SAVED = {  # how a model, or what is made of it, is saved, and opened again
     "hub": (save_hub, lambda folder: hf.load(folder / "hub")),
     "float16": (save_hub, lambda folder: hf.load(folder / "hub", "float16")),
-    "run": (save_weights, runs.load),
+    "run": (save_weights, runs.load_run),
 }
 
 

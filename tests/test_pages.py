@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lab.pages import claims, stored
-from lab.pages.__main__ import PLACE, ROOT, draw_figures, filled_pages
+from lab.pages.__main__ import PLACE, ROOT, draw_all, filled_pages
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IMAGE = re.compile(r"!\[[^]]*\]\((?:docs/)?([\w-]+\.png)\)")
@@ -35,7 +35,7 @@ def test_pages_are_filled_from_results():
 @pytest.mark.full
 def test_figures_are_drawn_from_results(tmp_path):
     """`python -m lab.pages` draws every figure that a page shows, and no other."""
-    draw_figures(tmp_path)
+    draw_all(tmp_path)
     drawn = {path.name for path in tmp_path.glob("*.png")}
     shown = {name for text in filled_pages().values() for name in IMAGE.findall(text)}
     assert shown == drawn == {path.name for path in (ROOT / "docs").glob("*.png")}
@@ -86,12 +86,12 @@ def test_verdicts_follow_the_results(claim, tmp_path, monkeypatch):
     name, change, expected = CHANGES[claim]
     for path in stored.RESULTS.glob("*.json*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    result = stored.stored(name)
+    result = stored.stored_result(name)
     change(result)
     (tmp_path / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
 
     def verdict() -> str:
-        rows = [line.split(" | ") for line in claims.claims().splitlines()]
+        rows = [line.split(" | ") for line in claims.claims_table().splitlines()]
         return next(row[3] for row in rows if row[0] == f"| {claim}")
 
     before = verdict()

@@ -45,7 +45,7 @@ def test_a_run_leaves_everything(train, capsys):
     assert [line["step"] for line in log] == [0, 2, 4, 6]
 
     # The weights are the last ones.
-    model, _ = runs.load(run)
+    model, _ = runs.load_run(run)
     prompts = SkillsTask(0).prompts("dev")
     right = model(prompts.tokens).logits[:, -1].argmax(-1) == prompts.labels
     assert right.float().mean() == pytest.approx(log[-1]["dev"]["accuracy"])
@@ -136,7 +136,7 @@ def test_seeds_and_twins(train, capsys, undrawn):
     text = capsys.readouterr().out
     loss = {}
     for name in ("pair-s4", "pair-s5", "pair-dense-s4", "pair-dense-s5"):
-        model, train = runs.load(Path(name))
+        model, train = runs.load_run(Path(name))
         loss[name] = final_scores(model, SkillsTask(train["seed"]))["test"]["loss"]
     first, second = loss["pair-s4"], loss["pair-s5"]
     assert "95 % interval" in text and "seeds 4 to 5" in text
@@ -183,10 +183,10 @@ def test_a_router_of_your_own(own_rule, train, call, complaint, undrawn):
     assert call(train_toy, "--resume run") == 1
     assert flag in complaint()
     with refused(flag):
-        runs.load(Path("run"))
+        runs.load_run(Path("run"))
     assert "own_rule" not in sys.modules
     assert call(train_toy, f"--resume run {flag}") == 0
-    model, _ = runs.load(Path("run"), runs.router_class("own_rule:SigmoidRouter"))
+    model, _ = runs.load_run(Path("run"), runs.router_class("own_rule:SigmoidRouter"))
     routing = model(torch.arange(8)[None]).routing[0]
     scores = routing.logits.sigmoid()
     torch.testing.assert_close(routing.probs, scores / scores.sum(-1, keepdim=True))
@@ -194,9 +194,9 @@ def test_a_router_of_your_own(own_rule, train, call, complaint, undrawn):
     # A run without a router of its own takes none.
     settings = runs.read_settings(Path("run"))
     settings["train"].pop("router")
-    runs.save(Path("run"), model, torch.optim.AdamW(model.parameters()), 0, settings, [], [])
+    runs.save_run(Path("run"), model, torch.optim.AdamW(model.parameters()), 0, settings, [], [])
     with refused("trained with the router of moe.py; leave --router out"):
-        runs.load(Path("run"), Router)
+        runs.load_run(Path("run"), Router)
 
 
 @pytest.mark.full

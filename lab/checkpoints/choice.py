@@ -25,7 +25,7 @@ from lab.checkpoints.benchmarks import (
     read_items,
     text_pairs,
 )
-from lab.checkpoints.remixed import SURROGATES, pass_memory, plan_comparison, remix_benchmark
+from lab.checkpoints.remixed import TABLE_NAMES, pass_memory, plan_comparison, remix_benchmark
 from lab.tools import cli, processes
 from lab.tools.checks import progress, require_kinds
 from lab.tools.cli import note
@@ -73,7 +73,7 @@ class ChoiceConfig:
             "re-mixed one, so that one token is not exact there",
         )
         for name in self.methods():
-            one_of("method", name, list(SURROGATES))
+            one_of("method", name, list(TABLE_NAMES))
         for name, _ in self.reference_sources():
             one_of("benchmark", name, list(BENCHMARKS))
 
@@ -99,10 +99,10 @@ def main(argv) -> int:
     cli.add_flags(parser, ChoiceConfig)
     cli.add_flags(parser, RemixConfig, skip=("method",))
     flags = parser.parse(argv)
-    config = cli.fill(ChoiceConfig, flags)
+    config = cli.make_config(ChoiceConfig, flags)
     changes = {name: flags[name] for name in vars(RemixConfig()) if name in flags}
     changes.pop("method", None)
-    cli.fill(RemixConfig, changes)
+    cli.make_config(RemixConfig, changes)
     processes.join()
 
     # Read all questions first: what is wrong with a file is told before the weights are read.
@@ -145,7 +145,7 @@ def main(argv) -> int:
     with kept_answers(path, about) as answers:
         nats = score(model, prompts, items, answers)
     title = f"{config.task}, {config.shots} shots, {len(items)} questions"
-    print(report(items, nats, config.form, title))
+    print(accuracy_table(items, nats, config.form, title))
     print(f"\nwrote {path}")
     return 0
 
@@ -248,7 +248,7 @@ def best_place(values: list[float]) -> int:
     return values.index(max(values))
 
 
-def report(items: list[Item], nats: list[list[float]], form: str, title: str) -> str:
+def accuracy_table(items: list[Item], nats: list[list[float]], form: str, title: str) -> str:
     """A table of accuracies with their 95 % intervals, and chance beside them."""
     picked = {"letters" if form == "letters" else "log-likelihood": nats}
     if form == "full":

@@ -27,11 +27,10 @@ from safetensors.torch import save_file
 import hf
 from lab.checkpoints import choice, remixed
 from lab.checkpoints.benchmarks import LETTERS, make_prompts, read_items
+from lab.remixing.cost import OLMOE
 from lab.tools import cli
 from lab.tools.files import as_json, owned
 from moe import MoEConfig, MoETransformer, require
-
-OLMOE = MoEConfig(50_304, 4096, 2048, 16, 16, n_experts=64, top_k=8, d_expert=1024)
 
 
 @dataclass
@@ -216,7 +215,7 @@ def main(argv) -> int:
     """Write the checkpoint, rehearse, print the table."""
     parser = cli.Parser("rehearsal", description=__doc__)
     cli.add_flags(parser, RehearsalConfig)
-    config = cli.fill(RehearsalConfig, parser.parse(argv))
+    config = cli.make_config(RehearsalConfig, parser.parse(argv))
     require(min(config.layers, config.questions, config.references) >= 1, "expected at least one")
     torch.set_num_threads(config.threads)
     sizes = replace(OLMOE, n_layers=16 if config.full else config.layers)
@@ -236,7 +235,7 @@ def main(argv) -> int:
             peers, theirs = peer_costs(folder, prompts, config.tokens)
         except ImportError:
             peers, theirs = {}, []
-    print(table(config, sizes, costs, peers, spare))
+    print(costs_table(config, sizes, costs, peers, spare))
     if theirs:
         pairs = zip(logits, theirs, strict=True)
         apart = max(float((a - b.float()).abs().max()) for a, b in pairs)
@@ -244,7 +243,7 @@ def main(argv) -> int:
     return 0
 
 
-def table(config: RehearsalConfig, sizes: MoEConfig, costs, peers, spare) -> str:
+def costs_table(config: RehearsalConfig, sizes: MoEConfig, costs, peers, spare) -> str:
     """The steps with what each took, for one of what it does, and beside transformers."""
     counts = {"forward": 4, "generate": config.tokens, "choice": config.questions}
     counts |= {"references": config.references, "base and NGD": config.questions}

@@ -17,7 +17,7 @@ from lab.checkpoints.answers import kept_answers
 from lab.checkpoints.benchmarks import Item, Prompt, as_problems, make_prompts, not_asked
 from lab.remixing.arena import Arena, Outcome, selected
 from lab.remixing.contest import compete, pooled
-from lab.remixing.tables import LEGEND, main_table
+from lab.remixing.tables import CONTEST_LEGEND, main_table
 from lab.tools import processes
 from lab.tools.checks import progress, require
 from lab.tools.cli import note
@@ -27,9 +27,11 @@ from pathways.checks import as_tuples, require_gradient, require_layer
 from pathways.prompts import MOST_TOKENS
 from remix import RemixConfig
 
-KERNELS = 1_300_000_000  # bytes of torch's library: it keeps a thousand products' code in bfloat16
+KERNEL_BYTES = (
+    1_300_000_000  # bytes of torch's library: it keeps a thousand products' code in bfloat16
+)
 BLOCK = 64  # questions that are re-mixed between two lines of the file of answers
-SURROGATES = {  # as --method names them -> as the table does
+TABLE_NAMES = {  # as --method names them -> as the table does
     "mode_finding": "mode finding",
     "kernel_regression": "kernel regression",
     "ngd": "NGD",
@@ -101,7 +103,7 @@ def pass_memory(outline, longest: int, device: str) -> int:
     attention = 4 * (c.n_heads + c.n_kv_heads) * c.head_dim
     numbers = max(experts + dense, attention) + 6 * c.d_model
     logits = 256 * c.vocab_size * (2 * 4 + itemsize)
-    kernels = KERNELS if (device, outline.dtype) == ("cpu", "bfloat16") else 0
+    kernels = KERNEL_BYTES if (device, outline.dtype) == ("cpu", "bfloat16") else 0
     return max(MOST_TOKENS, longest) * numbers * itemsize + logits + kernels
 
 
@@ -154,7 +156,7 @@ def remix_benchmark(model, plan: Comparison, choice) -> int:
     path = Path(choice.out or f"out/choice/{name}.jsonl")
 
     # Let the methods compete, block by block. A rerun continues.
-    methods = [SURROGATES[name] for name in choice.methods()]
+    methods = [TABLE_NAMES[name] for name in choice.methods()]
     blocks = dict(enumerate(torch.arange(n).split(BLOCK)))
     with kept_answers(path, about) as answers:
         left = sorted(blocks.keys() - answers.kept.keys())
@@ -173,14 +175,14 @@ def remix_benchmark(model, plan: Comparison, choice) -> int:
                 answers.add(theirs)
             bar.update(sum(len(blocks[piece]) for piece in pieces))
         bar.close()
-    outcomes = joined([answers.kept[i] for i in blocks])
+    outcomes = joined_blocks([answers.kept[i] for i in blocks])
 
     # Report.
     n_right = int(references.correct.sum())
     help_text = f"{len(references.labels):,} references, {n_right:,} answered right"
     rows = pooled([outcomes], [np.arange(n)])
     print(f"{choice.task}, {n} questions; {help_text}; {plan.settings}\n")
-    print(main_table(rows, {}), LEGEND, SHARED, sep="\n\n", end="\n\n")
+    print(main_table(rows, {}), CONTEST_LEGEND, SHARED, sep="\n\n", end="\n\n")
     print(f"wrote {path} and {source}")
     return 0
 
@@ -242,7 +244,7 @@ def as_lists(outcomes: dict[str, Outcome]) -> dict[str, list]:
     return lists
 
 
-def joined(blocks: list[dict[str, list]]) -> dict[str, Outcome]:
+def joined_blocks(blocks: list[dict[str, list]]) -> dict[str, Outcome]:
     """The outcomes of all blocks together."""
     outcomes = {}
     for name in blocks[0]:

@@ -3,7 +3,6 @@
 No pickle is read, because that may run any code. A size is checked before memory is taken for it.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from lab.tools.checks import require, require_finite
 from lab.tools.cli import note
+from lab.tools.files import parse_json
 
 MAX_JSON = 2**23  # bytes of a file
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -59,17 +59,12 @@ def download(repo: str, **options) -> Path:
 # ------------------------------------------------------------------------------------------- JSON
 
 
-def read_json(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     """A JSON object. ValueError for anything else, and for files above 8 MB."""
     require(path.is_file(), f"{path.parent} is no checkpoint: there is no {path.name}")
     size = path.stat().st_size
     require(size <= MAX_JSON, f"{path} has {size:,} bytes; expected at most {MAX_JSON:,}")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no readable JSON: {error}") from None
-    require(isinstance(value, dict), f"{path} holds JSON, but no object")
-    return value
+    return parse_json(path.read_bytes(), {}, str(path))
 
 
 class Settings:
@@ -147,7 +142,7 @@ def read_entries(folder: Path) -> dict:
     require(index.is_file(), missing)
 
     # The index maps tensors to files. It may not lead out of the folder.
-    shards = read_json(index).get("weight_map")
+    shards = read_object(index).get("weight_map")
     usable = isinstance(shards, dict) and len(shards) > 0
     require(usable, f"{index} has no weight_map from tensors to files")
     entries = {}
@@ -291,7 +286,7 @@ def read_tokenizer(folder: Path, vocab_size: int):
 
 def beginning(path: Path) -> str | None:
     """The token with which a text begins, by tokenizer_config.json; None without one."""
-    raw = read_json(path) if path.is_file() else {}
+    raw = read_object(path) if path.is_file() else {}
     if raw.get("add_bos_token") is not True:
         return None
     bos = raw.get("bos_token")

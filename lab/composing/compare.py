@@ -23,9 +23,9 @@ from cartesian import TOY
 from data import load_task
 from lab.composing.effects import BASE
 from lab.composing.presets import PRESETS, build_model, preset
-from lab.composing.robustness import activated_parameters, robustness
-from lab.composing.sharing import composed_blocks, sharing
-from lab.composing.verdict import DECLARED, comparison_report, draw_figures
+from lab.composing.robustness import activated_parameters, measure_robustness
+from lab.composing.sharing import composed_blocks, measure_sharing
+from lab.composing.verdict import DECLARATIONS, comparison_report, draw_comparison
 from lab.tools import cli, runs
 from lab.tools.files import as_json, digest, parse_json
 from lab.tools.race import race
@@ -38,11 +38,11 @@ SIZES = ("d_model", "n_layers", "context", "vocab_size")
 FREE = {"preset", "seed", "lr", "steps", "eval_every", *SAME}
 
 # What the results file says of a run, among others.
-FORM = dict.fromkeys(("preset", "tokenizer", "device", "data"), str)
-FORM |= dict.fromkeys(("seed", "steps", "total"), int)
-FORM |= dict.fromkeys(("lr", "dropout", "activated"), float)
-FORM |= {"norm_topk": bool, "dev": {str: float}, "test": {str: float}}
-FORM |= {"settings": {"model": {}, "train": {}}}
+RUN_FORM = dict.fromkeys(("preset", "tokenizer", "device", "data"), str)
+RUN_FORM |= dict.fromkeys(("seed", "steps", "total"), int)
+RUN_FORM |= dict.fromkeys(("lr", "dropout", "activated"), float)
+RUN_FORM |= {"norm_topk": bool, "dev": {str: float}, "test": {str: float}}
+RUN_FORM |= {"settings": {"model": {}, "train": {}}}
 
 
 @dataclass
@@ -71,13 +71,13 @@ class Plan:
             self.seed_list += range(int(ends[0]), int(ends[-1]) + 1)
         self.preset_list = self.presets.split(",")
         for name in self.preset_list:
-            hint = cli.nearest(name, PRESETS)
+            hint = cli.did_you_mean(name, PRESETS)
             require(name in PRESETS, f"no preset is called {name!r}{hint}")
 
 
 def main(argv=None) -> int:
     """Execute a sub-command -> the exit code."""
-    commands = {"train": train, "table": table}
+    commands = {"train": train_command, "table": table_command}
     usage = "%(prog)s {train,table} [flags]"
     parser = cli.Parser("lab.composing.compare", usage=usage, description=__doc__)
     parser.add_argument("command", choices=commands, help="see above")
@@ -85,13 +85,13 @@ def main(argv=None) -> int:
     given = parser.parse(argv)
     torch.set_num_threads(1)
     command = commands[given.pop("command")]
-    return command(cli.fill(Plan, given))
+    return command(cli.make_config(Plan, given))
 
 
 # ---- train
 
 
-def train(plan: Plan) -> int:
+def train_command(plan: Plan) -> int:
     """Train the runs of the plan that the results file lacks, one after the other."""
     if plan.data_file is None:
         raise cli.Usage("train needs --data-file PATH")
@@ -101,7 +101,7 @@ def train(plan: Plan) -> int:
     text = {"data": "text", "tokenizer": plan.tokenizer} | files
     task = load_task(text | {"seed": 0}, TOY["context"])
     same = ("steps", "lr", "norm_topk", "dropout", "tokenizer", "device")
-    settings = {name: getattr(plan, name) for name in same} | {"data": fingerprint(task)}
+    settings = {name: getattr(plan, name) for name in same} | {"data": text_digest(task)}
     new = settings | {"settings": {"model": {}, "train": {}}}
     require_comparable([*read_runs(plan.results), new], plan.results)
 
@@ -112,10 +112,10 @@ def train(plan: Plan) -> int:
             if any(run.items() <= line.items() for line in read_runs(plan.results)):
                 continue
             folder = run_folder(plan.out, run)
-            train_in(folder, settings_of_run(run, text), interrupt)
+            train_in(folder, training_flags(run, text), interrupt)
             if interrupt.asked:
                 return 130
-            line = run | measure_run(folder, task)
+            line = run | measure_preset_run(folder, task)
             append_line(plan.results, line)
             (folder / "state.safetensors").unlink()  # it was for resuming only
             perplexity, seconds = line["dev"]["perplexity"], line["seconds"]
@@ -123,7 +123,7 @@ def train(plan: Plan) -> int:
     return 0
 
 
-def fingerprint(task) -> str:
+def text_digest(task) -> str:
     """A checksum of all tokens that models learn from or are scored on."""
     return digest(*itertools.chain(*task.rows.items()))
 
@@ -137,7 +137,7 @@ def run_folder(out: str, run: dict) -> Path:
     return Path(out, "-".join(marks))
 
 
-def settings_of_run(run: dict, text: dict) -> dict:
+def training_flags(run: dict, text: dict) -> dict:
     """What train_toy.py has to be told of a run."""
     names = ("preset", "seed", "steps", "lr", "norm_topk", "dropout", "device")
     settings = {name: run[name] for name in names} | text
@@ -183,19 +183,19 @@ def sizes_and_scores(folder: Path, model, task, score: str) -> dict:
     return result | {"curve": [[line["step"], line["dev"][score]] for line in log]}
 
 
-def measure_run(folder: Path, task) -> dict:
+def measure_preset_run(folder: Path, task) -> dict:
     """All that is said of a finished run, so that its weights need not be kept."""
-    model, train_settings = runs.load(folder)
+    model, train_settings = runs.load_run(folder)
     settings = runs.read_settings(folder)
     result = sizes_and_scores(folder, model, task, "loss")
     result["train"] = task.score(model, "train", most=1024)
 
     # What its routing does, and what a step costs.
     if model.routers():
-        result["robustness"] = robustness(model, task)
+        result["robustness"] = measure_robustness(model, task)
         if composed_blocks(model):
-            result["sharing"] = sharing(model, task)
-    steps = [training_step(name) for name in (BASE, train_settings["preset"])]
+            result["sharing"] = measure_sharing(model, task)
+    steps = [preset_step(name) for name in (BASE, train_settings["preset"])]
     base_seconds, own_seconds = race(steps, 11)
     result["step"] = float(np.median(own_seconds / base_seconds))
 
@@ -205,7 +205,7 @@ def measure_run(folder: Path, task) -> dict:
     return result | {"settings": settings}
 
 
-def training_step(name: str):
+def preset_step(name: str):
     """A training step of a preset: a function without arguments."""
     model = build_model(asdict(preset(name, MoEConfig(**TOY))))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -242,7 +242,7 @@ def read_runs(path: str) -> list[dict]:
         return []
     lines = []
     for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        lines.append(parse_json(text, FORM, f"{path}: line {number}"))
+        lines.append(parse_json(text, RUN_FORM, f"{path}: line {number}"))
     return lines
 
 
@@ -263,7 +263,7 @@ def require_comparable(lines: list[dict], path: str):
     require(not mixed, f"{problem}; name another --results file")
 
 
-def table(plan: Plan) -> int:
+def table_command(plan: Plan) -> int:
     """Print what the results file says of the runs of so many steps; draw figures beside it."""
     lines = read_runs(plan.results)
     require_comparable(lines, plan.results)
@@ -271,8 +271,8 @@ def table(plan: Plan) -> int:
     problem = f"{plan.results}: no run has {plan.steps} steps"
     require(plan.steps in steps, f"{problem}; there are runs of {steps or 'none'}")
     path = Path(plan.results)
-    print(comparison_report(lines, plan.steps, DECLARED.get(path.stem, "")))
-    draw_figures(lines, plan.steps, path.parent)
+    print(comparison_report(lines, plan.steps, DECLARATIONS.get(path.stem, "")))
+    draw_comparison(lines, plan.steps, path.parent)
     return 0
 
 

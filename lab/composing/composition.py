@@ -24,7 +24,7 @@ from lab.composing.compare import append_line, sizes_and_scores, train_in
 from lab.composing.composition_rows import LIKE, TUNED, Row, draw_figure, planned_rows, table
 from lab.composing.robustness import visited
 from lab.composing.sharing import mutual_information
-from lab.scores.evaluation import places
+from lab.scores.evaluation import router_names
 from lab.tools import cli, runs
 from lab.tools.files import as_json
 from moe import require
@@ -49,10 +49,10 @@ def main(argv=None) -> int:
     command, groups = given.pop("command"), given.pop("groups")
     groups = groups or list(planned_rows())
     for group in groups:
-        hint = cli.nearest(group, planned_rows())
+        hint = cli.did_you_mean(group, planned_rows())
         if group not in planned_rows():
             raise cli.Usage(f"no group is called {group!r}{hint}")
-    files = cli.fill(Files, given)
+    files = cli.make_config(Files, given)
     torch.set_num_threads(1)
     if command == "train":
         return train(groups, files)
@@ -106,7 +106,7 @@ def settings_of_run(row: Row, seed: int) -> dict:
 
 def measure_run(folder: Path) -> dict:
     """All that is said of a finished run."""
-    model, settings = runs.load(folder)
+    model, settings = runs.load_run(folder)
     task = load_task(settings, model.config.context)
     result = sizes_and_scores(folder, model, task, "accuracy")
     if model.routers():
@@ -133,7 +133,7 @@ def information(model, task) -> dict[str, list[float]]:
     visits = torch.cat(visits, dim=1)
     visits = visits / visits.sum(-1, keepdim=True)
     result = {}
-    for place, visit in zip(places(model), visits, strict=True):
+    for place, visit in zip(router_names(model), visits, strict=True):
         columns = tokens[:, : task.n_in_a_row].T  # the token of each function
         result[place] = [bits_about(visit, column) for column in columns]
     return result

@@ -73,7 +73,7 @@ class Effect(NamedTuple):
     runs: str  # how many, in words
 
 
-FEWEST = 3  # so many pairs or runs have an interval: two runs are two numbers
+FEWEST_RUNS = 3  # so many pairs or runs have an interval: two runs are two numbers
 
 
 def paired_effect(ours: dict[int, float], theirs: dict[int, float]) -> Effect | None:
@@ -88,7 +88,7 @@ def paired_effect(ours: dict[int, float], theirs: dict[int, float]) -> Effect | 
     b = [theirs[seed] for seed in seeds]
     gaps = np.subtract(a, b)
     words = "one pair" if len(seeds) == 1 else f"{len(seeds)} pairs"
-    if len(seeds) < FEWEST:
+    if len(seeds) < FEWEST_RUNS:
         return few_runs(gaps, words)
     mean, half = statistics.interval(gaps)
     return in_percent(mean, half, statistics.paired(a, b), gaps, words)
@@ -104,7 +104,7 @@ def unpaired_effect(ours: dict[int, float], theirs: dict[int, float]) -> Effect 
     a, b = list(ours.values()), list(theirs.values())
     gaps = np.array(a) - np.mean(b)
     words = f"{len(a)} and {len(b)} runs"
-    if min(len(a), len(b)) < FEWEST:
+    if min(len(a), len(b)) < FEWEST_RUNS:
         return few_runs(gaps, words)
     mean, half, p = statistics.welch(a, b)
     return in_percent(mean, half, p, gaps, words)

@@ -6,7 +6,7 @@ import numpy as np
 
 from data import perplexity
 from lab.composing.sharing import use_ratios
-from lab.tools.figures import BLUE, COLOURS, GREY, INK, ORANGE, figure, keep, panels
+from lab.tools.figures import BLUE, COLOURS, GREY, INK, ORANGE, figure, panels, save_figure
 
 # How the figure of robustness marks a protocol, and names it. "layer" and "noise" are several.
 MARKS = {
@@ -42,7 +42,7 @@ def effects_figure(effects: dict, margin: float, title: str, path: Path | None =
     ax.set_title(f"{title} (grey: no difference, {margin:g} %)", fontsize=10, color=INK)
     ax.set_yticklabels(effects)
     ax.invert_yaxis()
-    return keep(fig, path)
+    return save_figure(fig, path)
 
 
 def robustness_figure(
@@ -52,7 +52,7 @@ def robustness_figure(
 ):
     """Perplexity against the share of the routing mass that is lost.
 
-    models: name -> the rows of `robustness`. The leading models, if any, stand out.
+    models: name -> the rows of `measure_robustness`. The leading models, if any, stand out.
     """
     fig, ax = figure(9, 5.5)
     for index, (name, rows) in enumerate(models.items()):
@@ -88,11 +88,11 @@ def robustness_figure(
     ax.set_title(title, fontsize=9, color=INK)
     place = {"loc": "outside right center", "fontsize": 7, "frameon": False}
     fig.legend(*ax.get_legend_handles_labels(), **place)
-    return keep(fig, path)
+    return save_figure(fig, path)
 
 
 def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
-    """What composed experts share; rows of `sharing`, a panel for each layer.
+    """What composed experts share; rows of `measure_sharing`, a panel for each layer.
 
     From top to bottom: which are visited, how that differs from the product of the margins, and
     how alike they are.
@@ -131,7 +131,7 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
     fig.colorbar(image, ax=list(axes[:4, 1]), label=label, pad=0.01)
     note = "bars: outputs of composed experts that the token visits; dots: of all"
     fig.suptitle(f"{title}\n{note}", color=INK, fontsize=10)
-    return keep(fig, path)
+    return save_figure(fig, path)
 
 
 # ---- compositions
@@ -199,4 +199,4 @@ def composition_figure(
     last.set_title("Which function does a router look at?", fontsize=9)
     if rows:
         last.legend(frameon=False, fontsize=8)
-    return keep(fig, path)
+    return save_figure(fig, path)

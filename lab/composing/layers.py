@@ -11,8 +11,8 @@ import torch.nn as nn
 
 from moe import Experts, MoEConfig, MoETransformer, Router, Routing, require
 
-LAYERS = ("moe", "cartesian", "parallel", "chain", "pairs")
-ROUTERS = ("softmax", "hash", "top_p", "none")
+JOINTS = ("moe", "cartesian", "parallel", "chain", "pairs")
+ROUTER_KINDS = ("softmax", "hash", "top_p", "none")
 
 
 @dataclass
@@ -22,15 +22,17 @@ class ComposedConfig(MoEConfig):
     Raises ValueError where the values do not fit together.
     """
 
-    layer: Annotated[Literal[LAYERS], "one sub-layer (moe), or how two are joined"] = "cartesian"
-    router: Annotated[Literal[ROUTERS], "none: the shared expert alone"] = "softmax"
+    layer: Annotated[Literal[JOINTS], "one sub-layer (moe), or how two are joined"] = "cartesian"
+    router: Annotated[Literal[ROUTER_KINDS], "none: the shared expert alone"] = "softmax"
     top_p: Annotated[float, "router top_p: the probability that chosen experts reach"] = 0.4
 
     def __post_init__(self):
         super().__post_init__()
-        layers, routers = ", ".join(LAYERS), ", ".join(ROUTERS)
-        require(self.layer in LAYERS, f"layer is {self.layer!r}; expected one of {layers}")
-        require(self.router in ROUTERS, f"router is {self.router!r}; expected one of {routers}")
+        layers, routers = ", ".join(JOINTS), ", ".join(ROUTER_KINDS)
+        require(self.layer in JOINTS, f"layer is {self.layer!r}; expected one of {layers}")
+        require(
+            self.router in ROUTER_KINDS, f"router is {self.router!r}; expected one of {routers}"
+        )
         require(self.top_p <= 1, f"top_p is {self.top_p}; it must be at most 1")
         if self.router == "none":
             require(self.d_shared > 0, "router none needs a shared expert, d_shared > 0")

@@ -176,19 +176,19 @@ def preset(name: str, base: MoEConfig) -> MoEConfig:
 
 def against_fine_grained(config: MoEConfig, base: MoEConfig) -> tuple[float, float]:
     """How many more parameters a config has than fine_grained, in all and activated: shares."""
-    total, activated = parameters(config)
-    fine_total, fine_activated = parameters(fine_grained(base))
+    total, activated = count_both(config)
+    fine_total, fine_activated = count_both(fine_grained(base))
     return total / fine_total - 1, activated / fine_activated - 1
 
 
 def routers_share(base: MoEConfig) -> float:
     """The share of fine_grained's activated parameters that are its routers'."""
     config = fine_grained(base)
-    _, activated = parameters(config)
+    _, activated = count_both(config)
     return config.n_layers * config.n_experts * config.d_model / activated
 
 
-def parameters(config: MoEConfig) -> tuple[int, int]:
+def count_both(config: MoEConfig) -> tuple[int, int]:
     """Parameters in all, and activated (with the router top_p: at most), of any config of ours."""
     return count_parameters(config, MODELS[type(config)])
 
@@ -206,7 +206,7 @@ def main():
 def count_line(name: str, base: MoEConfig) -> str:
     """A line with the parameters of a preset, and by how much the activated ones differ."""
     config = preset(name, base)
-    total, activated = parameters(config)
+    total, activated = count_both(config)
     line = f"{name:24}{total:14,}{activated:14,}"
     if name == "top_p":
         return f"{line}  at most: it depends on the data"

@@ -85,7 +85,7 @@ def without_best(n: float = 0.0, share: float = 0.0, rescaled: bool = False):
     return change
 
 
-def noise(std: float):
+def with_noise(std: float):
     """A change for `disturbed`: add normal noise to the logits."""
     generator = torch.Generator().manual_seed(0)
 
@@ -142,7 +142,7 @@ def protocols(model) -> dict:
     for q in (0.25, 0.5, 0.75):
         changes[f"q = {q}"] = (every, without_best(q))
     for std in (0.25, 0.5, 1.0, 2.0):
-        changes[f"noise {std}"] = (every, noise(std))
+        changes[f"noise {std}"] = (every, with_noise(std))
     return changes
 
 
@@ -159,7 +159,7 @@ def require_replaceable(model, routers: list[Router]):
 # ---- what is measured
 
 
-def robustness(model, task, split: str = "test") -> dict[str, dict]:
+def measure_robustness(model, task, split: str = "test") -> dict[str, dict]:
     """A row for each protocol: the loss on 128 windows, and the shares that it takes from tokens.
 
     experts: of those that they would visit; mass: of the routing mass of these.
@@ -191,7 +191,7 @@ def loss_at_mass(rows: dict[str, dict], mass: float) -> float:
 
 
 def robustness_table(rows: dict[str, dict]) -> str:
-    """The rows of `robustness` as text."""
+    """The rows of `measure_robustness` as text."""
     lines = []
     for name, row in rows.items():
         score = f"{perplexity(row['loss']):.2f}"

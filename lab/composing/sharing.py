@@ -147,7 +147,7 @@ def composed_blocks(model) -> list[int]:
 
 
 @torch.no_grad()
-def sharing(model, task, split: str = "test") -> list[dict]:
+def measure_sharing(model, task, split: str = "test") -> list[dict]:
     """A row for each Cartesian block, measured on 64 windows of a split.
 
     layer; information (nats) and what shuffled tokens show; most: its bound; use (E, E): how often

@@ -26,7 +26,7 @@ from lab.composing.robustness import loss_at_mass
 from lab.composing.sharing import sharing_table
 from lab.tools import cli
 
-DECLARED = {  # file in results/ -> what was declared before its runs
+DECLARATIONS = {  # file in results/ -> what was declared before its runs
     "compare": (
         f"Declared before any run: cartesian has a lower test perplexity than {BASE}, each with "
         "its best settings on dev; 13 pairs\nof 2500 steps, paired t-test, two-sided; "
@@ -39,7 +39,7 @@ DECLARED = {  # file in results/ -> what was declared before its runs
     ),
 }
 HEADER = ["runs", "parameters", "activated", "step", "dev", "test", "bits/byte", "gap", "cloze"]
-LEGEND = (
+PRESETS_LEGEND = (
     f"step: a training step's time / {BASE}'s; gap: nats, test - training text; effects with the "
     "same dropout, from all runs (95 %\ninterval of Welch's t-test). Robustness: on the first 128 "
     "windows of the test split, in pairs of the same seed"
@@ -55,7 +55,7 @@ def comparison_report(lines: list[dict], steps: int, declared: str = "") -> str:
     """The report on the runs of so many steps; declared: what was declared of them before."""
     # Perplexities, and the test that was declared.
     kinds = group_runs(lines, steps)
-    blocks = [overview_table(kinds, steps), LEGEND, "", declared or NOT_DECLARED]
+    blocks = [overview_table(kinds, steps), PRESETS_LEGEND, "", declared or NOT_DECLARED]
     blocks += trend_lines(lines)
 
     # What changes to a preset do, and what models lose where their routing goes wrong.
@@ -141,7 +141,7 @@ def contrast_lines(kinds: dict) -> list[str]:
 
 
 def mean_robustness(kinds: dict) -> dict[str, dict]:
-    """The rows of `robustness`, means over the runs of each kind that has some."""
+    """The rows of `measure_robustness`, means over the runs of each kind that has some."""
     means = {}
     for name, runs in kinds.items():
         if "robustness" in first_run(runs):
@@ -169,7 +169,7 @@ def rivals_table(kinds: dict) -> str:
 
 
 def robustness_rows(runs: dict[int, dict]) -> dict[int, dict]:
-    """The rows of `robustness` for each seed, and where so much of the routing mass is lost."""
+    """The rows of `measure_robustness` for each seed, and of losing so much of the routing mass."""
     rows_of = {}
     for seed, run in runs.items():
         if "robustness" in run:
@@ -206,7 +206,7 @@ def robustness_overview(kinds: dict) -> str:
 # ---- figures
 
 
-def draw_figures(lines: list[dict], steps: int, folder: Path):
+def draw_comparison(lines: list[dict], steps: int, folder: Path):
     """Draw effects, robustness, and what composed experts of one run share, into a folder."""
     kinds = group_runs(lines, steps)
     draw_effects(effects_against_base(kinds), f"Against {BASE}", folder / "effects.png")

@@ -12,19 +12,19 @@ import numpy as np
 
 from lab.composing import verdict
 from lab.composing.effects import group_runs
-from lab.pages.claims import claims
+from lab.pages.claims import claims_table
 from lab.pages.declared import declared_table
-from lab.pages.stored import RESULTS, runs, stored
+from lab.pages.stored import RESULTS, stored_result, stored_runs
 from lab.remixing.figures import contest_figures, knowledge_figure, reach_figure, sweeps_figure
 from lab.remixing.knowledge import pathway_tables
 from lab.remixing.reach import reach_table
-from lab.remixing.tables import gain_table, main_table, report, sweep_table
+from lab.remixing.tables import contest_report, gain_table, main_table, sweep_table
 from lab.tools import cli, figures
 from moe import require
 from notebooks import pictures
 
 ROOT = RESULTS.parent
-MARKDOWN = {"claims": claims, "declared": declared_table}  # tables of markdown
+MARKDOWN = {"claims": claims_table, "declared": declared_table}  # tables of markdown
 PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -32,7 +32,7 @@ def main(argv=None) -> int:
     """Fill the pages and draw the figures -> the exit code."""
     cli.Parser("lab.pages", description=__doc__).parse(argv)
     folder = ROOT / "docs"
-    draw_figures(folder)
+    draw_all(folder)
     for path, text in filled_pages().items():
         path.write_text(text, encoding="utf-8")
         print(f"filled {path.name}")
@@ -65,17 +65,17 @@ def text_blocks() -> dict:
     blocks = {path.stem: partial(path.read_text, "utf-8") for path in RESULTS.glob("*.txt")}
     return blocks | {
         "train_toy": train_toy_excerpt,
-        "remix": lambda: report(stored("remix-skills-test")),
+        "remix": lambda: contest_report(stored_result("remix-skills-test")),
         "remix-strict": partial(stored_table, "remix-skills-test-strict"),
         "remix-stories": partial(stored_table, "remix-stories-test"),
-        "reach": lambda: reach_table(stored("knowledge")["reach"]),
-        "pathways": lambda: pathway_tables(stored("knowledge")),
-        "ablation": lambda: sweep_table(stored("remix-skills-dev-ablation")),
+        "reach": lambda: reach_table(stored_result("knowledge")["reach"]),
+        "pathways": lambda: pathway_tables(stored_result("knowledge")),
+        "ablation": lambda: sweep_table(stored_result("remix-skills-dev-ablation")),
         "compare": partial(declared_report, "compare"),
         "second": partial(declared_report, "second"),
         "gain": partial(stored_gain, "gain"),
         "gain-half": partial(stored_gain, "gain-half"),
-        "trend": lambda: "\n".join(verdict.trend_lines(runs("trend", "second"))),
+        "trend": lambda: "\n".join(verdict.trend_lines(stored_runs("trend", "second"))),
         "sweep": learning_rates,
     }
 
@@ -88,25 +88,25 @@ def train_toy_excerpt() -> str:
 
 def stored_table(name: str) -> str:
     """The main table of a contest of re-mixing."""
-    result = stored(name)
+    result = stored_result(name)
     return main_table(result["rows"], result["costs"])
 
 
 def stored_gain(name: str) -> str:
     """What re-mixing gains on Cartesian and on fine-grained models."""
-    return gain_table(stored(f"{name}-cartesian"), stored(f"{name}-fine_grained"))
+    return gain_table(stored_result(f"{name}-cartesian"), stored_result(f"{name}-fine_grained"))
 
 
 def declared_report(name: str) -> str:
     """The report on the runs of a declared test."""
-    return verdict.comparison_report(runs(name), 2500, verdict.DECLARED[name])
+    return verdict.comparison_report(stored_runs(name), 2500, verdict.DECLARATIONS[name])
 
 
 def learning_rates() -> str:
     """The runs at which learning rates were chosen, after 800 and after 2500 steps."""
     tables = []
     for steps in (800, 2500):
-        kinds = group_runs(runs("sweep"), steps)
+        kinds = group_runs(stored_runs("sweep"), steps)
         tables.append(verdict.overview_table(kinds, steps))
     return "\n\n".join(tables)
 
@@ -114,28 +114,28 @@ def learning_rates() -> str:
 # ---- figures
 
 
-def draw_figures(folder: Path):
+def draw_all(folder: Path):
     """Draw every figure of the pages."""
     pictures.remixing().savefig(folder / "idea.png")
 
     # CartesianMoE
-    verdict.draw_figures(runs("compare"), 2500, folder)
-    verdict.draw_trend(runs("trend", "second"), folder / "trend.png")
+    verdict.draw_comparison(stored_runs("compare"), 2500, folder)
+    verdict.draw_trend(stored_runs("trend", "second"), folder / "trend.png")
 
     # C3PO
-    contest_figures(stored("remix-skills-test"), str(folder / "remix"))
-    knowledge = stored("knowledge")
+    contest_figures(stored_result("remix-skills-test"), str(folder / "remix"))
+    knowledge = stored_result("knowledge")
     seeds = f"{len(knowledge['runs'])} seeds"
     title = f"Where ten steps lead: nearly as often to wrong labels as to right ones ({seeds})"
     reach_figure(knowledge["reach"], title, folder / "remix-reach.png")
     title = f"What does a pathway know? Not the reading, until it is mended ({seeds})"
     knowledge_figure(knowledge, title, folder / "remix-knowledge.png")
     title = "NGD with one setting varied at a time (3 seeds, dev)"
-    sweeps_figure(stored("remix-skills-dev-ablation"), title, folder / "ablation.png")
+    sweeps_figure(stored_result("remix-skills-dev-ablation"), title, folder / "ablation.png")
 
     # Routing
     for name in ("skills", "stories"):
-        special = stored(f"routing-{name}")
+        special = stored_result(f"routing-{name}")
         figures.routing_figure(
             np.array(special["shares"])[:, :12],
             np.array(special["load"]),

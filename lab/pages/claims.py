@@ -15,11 +15,11 @@ from lab.composing.effects import (
     unpaired_effect,
 )
 from lab.pages.declared import UNTOLD, cartesian_test, p_value, remixing_tests, test_losses
-from lab.pages.stored import runs, stored
+from lab.pages.stored import stored_result, stored_runs
 from lab.remixing.reach import RIGHT, WRONG
 from lab.tools.statistics import interval
 
-HEAD = (
+CLAIMS_HEAD = (
     "| claim | published | here, with 95 % interval | verdict | command |\n|---|---|---|---|---|\n"
 )
 # What an effect says that was not declared: on perplexity about a claim that it is lower, or in
@@ -29,15 +29,15 @@ COMPOSING = "composing experts is what helps, not having two routers"
 EQUAL_LOSS = "the same, where {} of a token's experts is lost in both"
 
 
-def claims() -> str:
+def claims_table() -> str:
     """The table, in markdown."""
-    sweeps = stored("remix-skills-dev-ablation")
+    sweeps = stored_result("remix-skills-dev-ablation")
     parts = {
-        "eval.py remix": remixing_rows("remix-skills-test", stored("knowledge")),
+        "eval.py remix": remixing_rows("remix-skills-test", stored_result("knowledge")),
         "eval.py remix --ablate": setting_rows(sweeps),
-        "lab.composing.compare": cartesian_rows(group_runs(runs("compare"), 2500)),
+        "lab.composing.compare": cartesian_rows(group_runs(stored_runs("compare"), 2500)),
     }
-    text = HEAD
+    text = CLAIMS_HEAD
     for command, rows in parts.items():
         for row in rows:
             text += f"| {' | '.join(row)} | `{command}` |\n"
@@ -76,7 +76,7 @@ def remixing_rows(name: str, knowledge: dict) -> list[tuple]:
 
     Published: OLMoE-1B-7B, means over six benchmarks. Effects are NGD minus the rival, in points.
     """
-    rows, tests = stored(name)["rows"], remixing_tests(name)
+    rows, tests = stored_result(name)["rows"], remixing_tests(name)
     share = {method: f"{100 * row['accuracy']:.1f}" for method, row in rows.items()}
     gains = {method: gain(row) for method, row in rows.items()}
     p = {rival: p_value(test.p) for rival, test in tests.items()}
@@ -210,7 +210,7 @@ def enough(fewer: dict, more: dict) -> str:
 
 # ---- CartesianMoE
 
-PAPER = "dense_paper"  # the paper's dense row: 162 million parameters, where its MoEs activate 247
+PAPER_DENSE = "dense_paper"  # the paper's: 162 million parameters, where its MoEs activate 247
 
 
 def cartesian_rows(kinds: dict) -> list[tuple]:
@@ -235,9 +235,9 @@ def cartesian_rows(kinds: dict) -> list[tuple]:
             "a MoE beats dense of 0.66 (here 0.75) times its activated size",
             "8.55 → 7.33",
             BASE,
-            PAPER,
+            PAPER_DENSE,
         ),
-        ("so does Cartesian", "8.55 → 7.19", "cartesian", PAPER),
+        ("so does Cartesian", "8.55 → 7.19", "cartesian", PAPER_DENSE),
         ("a MoE beats dense of its activated size", "-", BASE, "dense"),
         ("so does Cartesian", "-", "cartesian", "dense"),
         (COMPOSING, "-", "cartesian", "cartesian_parallel"),

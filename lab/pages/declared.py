@@ -6,10 +6,10 @@ Only these have a bold verdict in the table of claims; all else is exploratory.
 from typing import NamedTuple
 
 from lab.composing.effects import BASE, describe_effect, group_runs, main_kind, paired_effect
-from lab.pages.stored import runs, stored
+from lab.pages.stored import stored_result, stored_runs
 from lab.remixing.tables import TESTS
 
-HEAD = "| declared | seeds | effect, with 95 % interval | p | asked for | verdict |\n"
+DECLARED_HEAD = "| declared | seeds | effect, with 95 % interval | p | asked for | verdict |\n"
 # results/NAME.json -> what is said of its tests. On the seeds of today's tables the strict arm was
 # not declared anew, and so is exploratory there.
 ARMS = {
@@ -42,7 +42,7 @@ class Test(NamedTuple):
 
 def remixing_tests(name: str) -> dict[str, Test]:
     """The tests of a comparison of re-mixing: rival -> test."""
-    result = stored(name)
+    result = stored_result(name)
     tests = {}
     for rival, p in result["p"].items():
         method, row = TESTS[rival], result["ahead"][rival]
@@ -60,7 +60,7 @@ def remixing_tests(name: str) -> dict[str, Test]:
 
 def cartesian_test(name: str) -> Test:
     """The test of a comparison of presets: Cartesian against fine-grained experts."""
-    kinds = group_runs(runs(name), 2500)
+    kinds = group_runs(stored_runs(name), 2500)
     (_, ours), (_, theirs) = (main_kind(kinds, preset) for preset in ("cartesian", BASE))
     effect = paired_effect(test_losses(ours), test_losses(theirs))
     text, _, outcome = describe_effect(effect).partition(": ")
@@ -80,7 +80,7 @@ def declared_table() -> str:
     """All tests, in markdown."""
     tests = [test for name in ARMS for test in remixing_tests(name).values()]
     tests += [cartesian_test(name) for name in COMPARISONS]
-    text = HEAD + "|---|---|---|---|---|---|\n"
+    text = DECLARED_HEAD + "|---|---|---|---|---|---|\n"
     for test in tests:
         seeds = f"{test.seeds[0]} to {test.seeds[-1]}"
         cells = [test.claim, seeds, test.effect, p_value(test.p), f"p < {test.alpha}", test.verdict]

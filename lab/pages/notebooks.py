@@ -22,7 +22,7 @@ from PIL import Image
 
 from lab.tools import cli
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SECONDS = 60  # of one thread's time
 BYTES = 300_000  # of the file, with all that was printed and drawn
 
@@ -54,7 +54,7 @@ def main(argv=None) -> int:
 
 def sources() -> list[Path]:
     """The sources of all notebooks: their names begin with a number."""
-    return sorted(FOLDER.glob("[0-9]*.py"))
+    return sorted(NOTEBOOKS.glob("[0-9]*.py"))
 
 
 def chosen_sources(names: list[str]) -> list[Path]:
@@ -84,7 +84,7 @@ def execute(path: Path) -> tuple[str, float]:
 
     ValueError names the notebook and the error of a cell that fails.
     """
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(NOTEBOOKS.parent)}
     notebook = read(path)
     client = NotebookClient(
         notebook,
@@ -93,7 +93,7 @@ def execute(path: Path) -> tuple[str, float]:
         coalesce_streams=True,
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],
-        resources={"metadata": {"path": FOLDER}},
+        resources={"metadata": {"path": NOTEBOOKS}},
     )
     start = children_seconds()
     try:

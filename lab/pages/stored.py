@@ -8,12 +8,12 @@ from lab.composing.compare import read_runs
 RESULTS = Path(__file__).parents[2] / "results"
 
 
-def stored(name: str):
+def stored_result(name: str):
     """What a command wrote to results/NAME.json."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def runs(*names: str) -> list[dict]:
+def stored_runs(*names: str) -> list[dict]:
     """The runs of some comparisons of presets in results/."""
     lines = []
     for name in names:

@@ -24,7 +24,7 @@ from remix import RemixConfig, ngd, remix
 
 DOCS = Path(__file__).parents[2] / "docs"
 BETWEEN = 5  # frames from one step to the next
-MOVING, START, END = 90, 2000, 4000  # milliseconds that a frame is shown
+MOVING, FIRST, LAST = 90, 2000, 4000  # milliseconds that a frame is shown
 GREEN, LIGHT = "#009E73", "#f6c99f"
 
 
@@ -151,13 +151,13 @@ def bare(ax):
     ax.tick_params(length=0, colors=INK)
 
 
-def save(it: Walk, path: Path):
+def save_animation(it: Walk, path: Path):
     """Write the moving picture, in few colours."""
     times = np.arange(0, (len(it.losses) - 1) * BETWEEN + 1) / BETWEEN
     frames = [picture(it, time) for time in times]
     palette = frames[-1].quantize(48)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    durations = [START, *[MOVING] * (len(frames) - 2), END]
+    durations = [FIRST, *[MOVING] * (len(frames) - 2), LAST]
     options = {"append_images": frames[1:], "duration": durations, "loop": 0, "optimize": True}
     frames[0].save(path, save_all=True, **options)
 
@@ -168,7 +168,7 @@ def main(argv) -> int:
     page, path = DOCS / "playground.html", DOCS / "remix.gif"
     data = data_of(page.read_text(encoding="utf-8"))
     page.write_text(assemble(data), encoding="utf-8")
-    save(walk(data), path)
+    save_animation(walk(data), path)
     print(f"wrote {page.name} and {path.name}, {path.stat().st_size / 1e6:.2f} MB")
     return 0
 

@@ -18,7 +18,7 @@ from data import SKILLS, Problems
 from lab.composing.presets import build_model
 from lab.remixing.arena import selected
 from lab.remixing.methods import METHODS
-from lab.scores.evaluation import places
+from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
 from lab.tools.files import as_json
 from moe import require
@@ -73,7 +73,7 @@ def page_data(model, task, name: str) -> dict:
         "task": task.name,
         "parameters": model.n_params(),
         "config": asdict(model.config),
-        "places": places(model),
+        "places": router_names(model),
         "shapes": {name: list(weight.shape) for name, weight in weights.items()},
         "weights": packed(halves.view(torch.int16)),
         "settings": {key: getattr(settings, key) for key in SETTINGS},

@@ -194,7 +194,7 @@ def arena_of(folder: Path, split: str, most=None, given=None, strict=False, rout
     most: so many prompts, drawn at random. given: fields of RemixConfig. strict: no reference
     shares an operand with the prompt that it is to help (skills task only). router: the class of
     the run's routers, where it is your own. ValueError: fewer than 20 prompts, or no operands."""
-    model, train = runs.load(folder, router)
+    model, train = runs.load_run(folder, router)
     task = load_task(train, model.config.context)
     asked, solved = task.problems(split), task.problems("reference")
     n = len(asked.labels)

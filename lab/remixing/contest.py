@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from lab.remixing.arena import Arena, Outcome, arena_of, judged, own_answers
-from lab.remixing.cost import counted
-from lab.remixing.methods import METHODS, answered
+from lab.remixing.cost import count_operations
+from lab.remixing.methods import METHODS, run_method
 from lab.remixing.rivals import larger_model
 from lab.remixing.tables import SHOWN, TESTS, gain_table, main_table
-from lab.scores.evaluation import places
+from lab.scores.evaluation import router_names
 from lab.tools import cli, processes, statistics
 from lab.tools.files import read_json
 from moe import require
@@ -32,7 +32,7 @@ def compete(arena: Arena, names, given: dict | None = None, share=False) -> dict
     for name in tqdm(ours, leave=False, disable=None, desc="methods"):
         target = METHODS[name].target
         target = None if target is None else target(arena)
-        method = partial(answered, name, given=given)
+        method = partial(run_method, name, given=given)
         outcomes[name] = judged(arena, method, target)
     if share:
         for theirs in processes.gathered(outcomes)[::-1]:  # base as the first one had it
@@ -77,7 +77,7 @@ def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None
     return rows
 
 
-def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str) -> dict:
+def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title: str) -> dict:
     """All methods on all runs -> all that the report says and the figures show.
 
     folders: of the runs. beside: of runs of a larger model, one for each arena, or none."""
@@ -91,7 +91,7 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
     # Every method on all prompts, and on subsets of them.
     clusters = [arena.clusters for arena in arenas]
     rows = pooled(runs, clusters)
-    divided = [subsets(arena) for arena in arenas]
+    divided = [subset_masks(arena) for arena in arenas]
     gains, sizes = {}, {}
     for subset in divided[0]:
         kept = [masks[subset] for masks in divided]
@@ -101,7 +101,7 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
         sizes[subset] = float(np.mean([mask.mean() for mask in kept]))
 
     n = len(arenas[0].labels)
-    multiples, once = costs(arenas[0].first(64), names, given, n)
+    multiples, once = costs_in_passes(arenas[0].first(64), names, given, n)
     result = {
         "title": title,
         "runs": [folder.name for folder in folders],
@@ -121,10 +121,10 @@ def contest(folders, arenas: list[Arena], names, given: dict, beside, title: str
         for name in ("base", *SHOWN):
             if name in rows:
                 outcomes = [run[name] for run in runs]
-                result["errors"][name] = mistakes(outcomes, arenas)
+                result["errors"][name] = mistake_shares(outcomes, arenas)
     if len(runs) > 2:
         result["p"], result["ahead"] = declared_tests(rows)
-    result["example"] = example(arenas[0], given)
+    result["example"] = largest_gain(arenas[0], given)
     return result
 
 
@@ -141,7 +141,7 @@ def declared_tests(rows: dict[str, dict]) -> tuple[dict, dict]:
     return p, ahead
 
 
-def subsets(arena: Arena) -> dict[str, np.ndarray]:
+def subset_masks(arena: Arena) -> dict[str, np.ndarray]:
     """Subsets of the prompts on which methods may do otherwise, (n,) bool each."""
     about, near = arena.about, arena.neighbours
     masks = {}
@@ -155,19 +155,19 @@ def subsets(arena: Arena) -> dict[str, np.ndarray]:
     return {name: mask.numpy() for name, mask in masks.items()}
 
 
-def costs(arena: Arena, names, given: dict, n: int) -> tuple[dict, dict]:
+def costs_in_passes(arena: Arena, names, given: dict, n: int) -> tuple[dict, dict]:
     """The floating-point operations of each method, everything included, in forward passes of base:
     those for a prompt, and of them those that are paid once, which n prompts share."""
     size = len(arena.labels)
     half = arena.first(size // 2)
-    forward = counted(partial(own_answers, arena)) / size
+    forward = count_operations(partial(own_answers, arena)) / size
     multiples, once = {"base": 1.0}, {}
     for name in tqdm(names, leave=False, disable=None, desc="operations"):
-        total = counted(partial(answered, name, arena.cold(), given)) / forward
+        total = count_operations(partial(run_method, name, arena.cold(), given)) / forward
         multiples[name] = total / size
         if METHODS[name].trains_once:
             # Half of the prompts cost half as much, but what is paid once.
-            few = counted(partial(answered, name, half.cold(), given)) / forward
+            few = count_operations(partial(run_method, name, half.cold(), given)) / forward
             once[name] = total - size * (total - few) / (size - len(half.labels))
             multiples[name] = (total - once[name]) / size + once[name] / n
     return multiples, once
@@ -182,7 +182,7 @@ def dropped_copies(arena: Arena) -> int:
     return int(copies.sum())
 
 
-def mistakes(outcomes: list[Outcome], arenas: list[Arena]) -> list[float]:
+def mistake_shares(outcomes: list[Outcome], arenas: list[Arena]) -> list[float]:
     """Where the two readings of a prompt differ: shares of the right answer, the other reading's,
     and neither, in the mean of the runs."""
     shares = []
@@ -195,10 +195,10 @@ def mistakes(outcomes: list[Outcome], arenas: list[Arena]) -> list[float]:
     return np.mean(shares, 0).tolist()
 
 
-def example(arena: Arena, given: dict) -> dict:
+def largest_gain(arena: Arena, given: dict) -> dict:
     """The prompt that NGD helps most: its last tokens, the right answer's probability before and
     after, and pathways."""
-    result = answered("NGD", arena, given)
+    result = run_method("NGD", arena, given)
     label = arena.labels[:, None]  # (n, 1)
     before = result.logits_before.softmax(-1).gather(1, label)[:, 0]  # (n,)
     after = result.logits.softmax(-1).gather(1, label)[:, 0]
@@ -214,7 +214,7 @@ def example(arena: Arena, given: dict) -> dict:
     panels = {}
     for name, pathway in pathways.items():
         panels[name] = pathway.double().numpy().round(4).tolist()
-    names = places(arena.model)
+    names = router_names(arena.model)
     return {
         "tokens": arena.tokens[best, -4:].tolist(),
         "right": [float(before[best]), float(after[best])],
@@ -223,7 +223,7 @@ def example(arena: Arena, given: dict) -> dict:
     }
 
 
-def taste(folder: Path, most: int = 200, router: type | None = None) -> str:
+def taste_of_remixing(folder: Path, most: int = 200, router: type | None = None) -> str:
     """What re-mixing does to some test prompts of a run on the skills task: a small table."""
     arena = arena_of(folder, "test", most, router=router)
     if int(arena.references.correct.sum()) < 100:
@@ -237,14 +237,14 @@ def taste(folder: Path, most: int = 200, router: type | None = None) -> str:
 
 
 ROW = {"low": float, "high": float, "each": [float]}  # a number for each seed
-FORM = {"runs": [str], "seeds": [int], "prompts": int, "rows": {str: ROW}}  # of a report
+REPORT_FORM = {"runs": [str], "seeds": [int], "prompts": int, "rows": {str: ROW}}  # of a report
 
 
 def main(argv) -> int:
     """Two reports of eval.py remix, side by side."""
     if len(argv) != 2:
         raise cli.Usage("expected two files of eval.py remix: A.json B.json")
-    first, second = (read_json(Path(path), FORM) for path in argv)
+    first, second = (read_json(Path(path), REPORT_FORM) for path in argv)
     for name in ("seeds", "prompts", "content"):
         ours, theirs = first.get(name), second.get(name)
         unknown = name == "content" and None in (ours, theirs)  # of earlier versions

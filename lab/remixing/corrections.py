@@ -14,7 +14,7 @@ from remix import corrections as corrections_of
 from remix import mend
 
 
-def corrections(arena: Arena, scale: float = 1.0, **settings):
+def carried_corrections(arena: Arena, scale: float = 1.0, **settings):
     """The prompt's own logits and the kernel mean of its neighbours' corrections."""
     config = replace(arena.config, **settings)
     method = corrections_of(arena.model, arena.references, config, scale)

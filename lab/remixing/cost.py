@@ -15,15 +15,15 @@ from remix import NeighbourLoss, RemixConfig, core_experts, ngd
 
 OLMOE = MoEConfig(50_304, 4096, 2048, 16, 16, n_experts=64, top_k=8, d_expert=1024)
 SMALL = MoEConfig(3_144, 128, 128, 16, 16, n_experts=64, top_k=8, d_expert=64)  # its shape
-TOY = MoEConfig(vocab_size=47, context=64)
+SKILLS_SIZES = MoEConfig(vocab_size=47, context=64)
 K = 3  # neighbours of a prompt
-LEGEND = (
+COST_LEGEND = (
     "ms for a prompt; ratio: naive / exact, by the clock and in operations; + prefixes: with\n"
     "all prefixes of neighbours made anew; differ: the largest difference between their losses"
 )
 
 
-def counted(call) -> int:
+def count_operations(call) -> int:
     """The floating-point operations of a call, as torch counts them, grouped products included.
 
     Attention to other tokens is left out: torch does not count its own kernel for that, either.
@@ -136,7 +136,7 @@ def measured(
         seconds = dict(zip(calls, fastest / counts, strict=True))
 
         # The profiler.
-        operations = {name: counted(call) / count for name, (count, call) in calls.items()}
+        operations = {name: count_operations(call) / count for name, (count, call) in calls.items()}
 
         # The losses of the last descents, side by side.
         n_calls = config.steps + 1
@@ -155,7 +155,7 @@ def main(argv) -> int:
     print(cli.table(lines), end="\n\n")
 
     sizes = {
-        "toy, 64 tokens, last 2 of 4 layers": (TOY, 64, "last:2", 64, 16),
+        "toy, 64 tokens, last 2 of 4 layers": (SKILLS_SIZES, 64, "last:2", 64, 16),
         "OLMoE's shape, 100 tokens, last 5 of 16": (SMALL, 100, "last:5", 128, 8),
     }
     lines = []
@@ -169,7 +169,7 @@ def main(argv) -> int:
     header = ["steps of NGD, one thread", "exact (ms)", "naive (ms)", "ratio", "+ prefixes"]
     header += ["operations", "+ prefixes", "differ"]
     print(cli.table(lines, header))
-    print(f"\n{LEGEND}")
+    print(f"\n{COST_LEGEND}")
     return 0
 
 

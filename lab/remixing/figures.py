@@ -9,12 +9,17 @@ import numpy as np
 
 from lab.remixing.reach import RIGHT, WRONG
 from lab.remixing.tables import WRONG_LABEL
-from lab.tools.figures import BLUE, GREY, INK, ORANGE, figure, keep
+from lab.tools.figures import BLUE, GREY, INK, ORANGE, figure, save_figure
 from lab.tools.statistics import with_interval
 
-COLOURS = {"mode finding": ORANGE, "kernel regression": ORANGE, "NGD": ORANGE, "oracle": GREY}
+METHOD_COLOURS = {
+    "mode finding": ORANGE,
+    "kernel regression": ORANGE,
+    "NGD": ORANGE,
+    "oracle": GREY,
+}
 POINT = {"marker": "o", "markersize": 3}
-FEWEST = 10  # a point of the matched null stands for so many targets at least
+FEWEST_TARGETS = 10  # a point of the matched null stands for so many targets at least
 TICKS = (0.0002, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
@@ -42,7 +47,7 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
     base = 100 * rows["base"]["accuracy"]
     heights = range(len(names))[::-1]
     for height, name in zip(heights, names, strict=True):
-        colour = COLOURS.get(name, BLUE)
+        colour = METHOD_COLOURS.get(name, BLUE)
         row = rows[name]
         low = base + 100 * row["low"]
         high = min(base + 100 * row["high"], 100)
@@ -74,7 +79,7 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
     ax.set(yticks=list(heights), yticklabels=names)
     ax.set_xlabel("accuracy (%), with the 95 % interval of the gain over base")
     fig.suptitle(title, color=INK, fontsize=10)
-    return keep(fig, path)
+    return save_figure(fig, path)
 
 
 def reach_figure(reach: dict, title: str, path: Path | None = None):
@@ -87,7 +92,7 @@ def reach_figure(reach: dict, title: str, path: Path | None = None):
         WRONG: ("wrong labels of the same prompts", BLUE, "s"),
     }
     for name, (label, colour, marker) in styles.items():
-        rows = [row for row in reach[name] if row["targets"] >= FEWEST]
+        rows = [row for row in reach[name] if row["targets"] >= FEWEST_TARGETS]
         prior = [row["prior"] for row in rows]
         for row in rows:
             ends = [100 * row["low"], 100 * row["high"]]
@@ -101,7 +106,7 @@ def reach_figure(reach: dict, title: str, path: Path | None = None):
     ax.set_ylabel("led to that label by ten steps (%)")
     ax.set_title(title, color=INK, fontsize=11)
     ax.legend(fontsize=9, frameon=False, loc="upper left")
-    return keep(fig, path)
+    return save_figure(fig, path)
 
 
 def knowledge_figure(result: dict, title: str, path: Path | None = None):
@@ -125,7 +130,7 @@ def knowledge_figure(result: dict, title: str, path: Path | None = None):
     stacked(right, answered, (BLUE, ORANGE, "#d0d0d0"))
     right.set(xlabel="what a prompt of an ambiguous cue answers (%)")
     fig.suptitle(title, color=INK, fontsize=11)
-    return keep(fig, path)
+    return save_figure(fig, path)
 
 
 def stacked(ax, bars: dict[str, dict], colours: tuple):
@@ -175,7 +180,7 @@ def pathway_figure(
     axes[0, 0].set_yticklabels(rows * (R // len(rows)))
     fig.colorbar(image, ax=axes[0, :], label="weight (%)", pad=0.01)
     fig.suptitle(title, color=INK, fontsize=10)
-    return keep(fig, path)
+    return save_figure(fig, path)
 
 
 def example_figure(
@@ -214,7 +219,7 @@ def example_figure(
     right.margins(y=0.2)
     right.legend(fontsize=8, frameon=False)
     fig.suptitle(title, color=INK, fontsize=10)
-    return keep(fig, path)
+    return save_figure(fig, path)
 
 
 def sweeps_figure(sweeps: dict[str, dict], title: str, path: Path | None = None):
@@ -238,4 +243,4 @@ def sweeps_figure(sweeps: dict[str, dict], title: str, path: Path | None = None)
     for ax in axes[:, 0]:
         ax.set_ylabel("gain over base (points)", fontsize=8)
     fig.suptitle(title, color=INK)
-    return keep(fig, path)
+    return save_figure(fig, path)

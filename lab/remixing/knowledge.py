@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from data import Prompts, SkillsTask
 from lab.remixing.arena import Arena, arena_of
-from lab.remixing.methods import settings_of
-from lab.remixing.reach import reach, reach_table, targets_of
+from lab.remixing.methods import tuned_settings
+from lab.remixing.reach import measure_reach, reach_table, targets_of
 from lab.tools import cli
 from lab.tools.files import as_json, write
 from lab.tools.statistics import mean_interval, with_interval
@@ -46,27 +46,27 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)
 
     arenas = [arena_of(folder, "test") for folder in folders]
-    result = {"runs": [folder.name for folder in folders]} | knowledge(arenas)
-    print(report(result))
+    result = {"runs": [folder.name for folder in folders]} | measure_knowledge(arenas)
+    print(knowledge_report(result))
     path = (flags["out"] or folders[0]) / "knowledge.json"
     write(path, as_json(result, indent=2).encode())
     print(f"\nwrote {path}")
     return 0
 
 
-def knowledge(arenas: list[Arena]) -> dict:
+def measure_knowledge(arenas: list[Arena]) -> dict:
     """All three measurements on several runs, in fractions, with 95 % intervals."""
     targets, shares, answers = [], [], []
     for arena in tqdm(arenas, desc="runs", leave=False, disable=None):
         require(arena.about is not None, "only prompts of the skills task have cue and operands")
         targets.append(targets_of(arena))
         solved = SkillsTask(arena.seed).prompts("reference")
-        config = replace(arena.config, **settings_of("oracle", arena))
+        config = replace(arena.config, **tuned_settings("oracle", arena))
         natural, mended = mend(arena.model, arena.references, config)
         shares.append(variances(natural, mended, solved))
         answers.append(exchange(arena, natural, mended, solved))
     return {
-        "reach": reach(targets),
+        "reach": measure_reach(targets),
         "variance": over_seeds(shares),
         "exchange": over_seeds(answers),
     }
@@ -175,7 +175,7 @@ def answers_along(arena: Arena, place, pathway):
 # ---------------------------------------------------------------------------------------- tables
 
 
-def report(result: dict) -> str:
+def knowledge_report(result: dict) -> str:
     """All three measurements as text."""
     return f"{reach_table(result['reach'])}\n\n{pathway_tables(result)}"
 

@@ -36,7 +36,7 @@ def grid(**axes) -> list[dict]:
     return [dict(zip(axes, values, strict=True)) for values in combinations]
 
 
-LAYERS = ["all", "last:2"]
+LAYER_TRIES = ["all", "last:2"]
 FIRST_STEP = [0.25, 0.5, 1.0, 2.0]
 
 # Tuned on the dev split of seeds 10 to 12 (text: of one run, from four tries), from eight tries for
@@ -44,21 +44,21 @@ FIRST_STEP = [0.25, 0.5, 1.0, 2.0]
 METHODS = {
     "mode finding": Method(
         partial(Arena.remix, method="mode_finding"),
-        tries=grid(alpha=[0.5, 0.8], k=[3, 16], layers=LAYERS),
+        tries=grid(alpha=[0.5, 0.8], k=[3, 16], layers=LAYER_TRIES),
         tuned={"skills": {"alpha": 0.8, "k": 3, "layers": "last:2"}},
     ),
     "kernel regression": Method(
         partial(Arena.remix, method="kernel_regression"),
-        tries=grid(kernel=["gaussian", "matern", "polynomial", "linear"], layers=LAYERS),
+        tries=grid(kernel=["gaussian", "matern", "polynomial", "linear"], layers=LAYER_TRIES),
         tuned={"skills": {"kernel": "matern", "layers": "last:2"}},
     ),
     "NGD": Method(
         partial(Arena.remix, method="ngd"),
-        tries=grid(lr=FIRST_STEP, layers=LAYERS),
+        tries=grid(lr=FIRST_STEP, layers=LAYER_TRIES),
         tuned={"skills": {"lr": 0.5, "layers": "all"}, "text": {"lr": 0.1}},
     ),
     "corrections": Method(
-        corrections.corrections,
+        corrections.carried_corrections,
         tries=grid(k=[3, 8, 16, 32], scale=[1.0, 2.0]),
         tuned={"skills": {"k": 8, "scale": 2.0}},
         trains_once=True,
@@ -75,7 +75,7 @@ METHODS = {
         tuned={"skills": {"k": 2}},
     ),
     "prefix for all": Method(
-        partial(rivals.for_all, kind=rivals.prefix),
+        partial(rivals.for_all, kind=rivals.prefix_tuning),
         tries=grid(lr=[3e-3, 1e-2, 3e-2, 1e-1], length=[4, 16]),
         tuned={"skills": {"lr": 1e-1, "length": 16}},
         trains_once=True,
@@ -87,7 +87,7 @@ METHODS = {
         trains_once=True,
     ),
     "prefix for each": Method(
-        partial(rivals.for_each, kind=rivals.prefix),
+        partial(rivals.for_each, kind=rivals.prefix_tuning),
         tries=grid(lr=FIRST_STEP, length=[1, 4]),
         tuned={"skills": {"lr": 2.0, "length": 4}},
     ),
@@ -121,7 +121,7 @@ METHODS = {
     ),
     "entropy": Method(
         controls.entropy,
-        tries=grid(lr=FIRST_STEP, layers=LAYERS),
+        tries=grid(lr=FIRST_STEP, layers=LAYER_TRIES),
         tuned={"skills": {"lr": 0.25, "layers": "last:2"}},
     ),
     "random neighbours": Method(controls.random_neighbours, like="NGD"),
@@ -142,7 +142,7 @@ METHODS = {
     ),
     "best of 21 routes": Method(
         controls.best_route,
-        tries=grid(noise=[0.3, 1.0, 2.0, 3.0], layers=LAYERS),
+        tries=grid(noise=[0.3, 1.0, 2.0, 3.0], layers=LAYER_TRIES),
         tuned={"skills": {"noise": 0.3, "layers": "all"}},
     ),
     "oracle": Method(controls.oracle, like="NGD"),
@@ -152,7 +152,7 @@ METHODS = {
 }
 
 
-def settings_of(name: str, arena: Arena, given: dict | None = None) -> dict:
+def tuned_settings(name: str, arena: Arena, given: dict | None = None) -> dict:
     """What a method was tuned to on the arena's task. What the user gives goes to NGD and to those
     that share its settings."""
     owner = METHODS[name].like or name
@@ -162,7 +162,7 @@ def settings_of(name: str, arena: Arena, given: dict | None = None) -> dict:
     return settings
 
 
-def answered(name: str, arena: Arena, given: dict | None = None, **changes):
+def run_method(name: str, arena: Arena, given: dict | None = None, **changes):
     """Run a method with its settings -> RemixResult."""
-    settings = settings_of(name, arena, given) | changes
+    settings = tuned_settings(name, arena, given) | changes
     return METHODS[name].run(arena, **settings)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lab.remixing.arena import Arena, own_answers
 from lab.remixing.controls import towards
-from lab.remixing.methods import settings_of
+from lab.remixing.methods import tuned_settings
 from lab.tools import cli, statistics
 from lab.tools.statistics import with_interval
 from pathways import best_token
@@ -49,7 +49,7 @@ def targets_of(arena: Arena) -> Targets:
     clusters = arena.clusters[wrong.numpy()]
     arena, answer = arena.only(wrong), answer[wrong]
     probs = base.logits[wrong].softmax(-1)  # (n, V)
-    settings = settings_of("oracle", arena)
+    settings = tuned_settings("oracle", arena)
 
     # One label after the other, for all prompts: columns (n,).
     prior, reached, right, other = [], [], [], []
@@ -67,7 +67,7 @@ def targets_of(arena: Arena) -> Targets:
     return Targets(*(column[kept] for column in (*columns, cluster)))
 
 
-def reach(seeds: list[Targets]) -> dict:
+def measure_reach(seeds: list[Targets]) -> dict:
     """How often right and wrong labels are reached, by their prior and at equal priors.
 
     In fractions, means over seeds, with intervals by bootstrap over seeds and cues.

@@ -94,10 +94,10 @@ def soft_prompt(model, length: int) -> Front:
         valid = torch.cat([valid.new_ones(len(soft), length), valid], 1)
         return last_logits(model, model.run_blocks(x, valid), valid)
 
-    return Front(neutral(model, length), answer)
+    return Front(mean_embedding(model, length), answer)
 
 
-def prefix(model, length: int) -> Front:
+def prefix_tuning(model, length: int) -> Front:
     """Keys and values before the prompt, in every layer (Li and Liang, arXiv 2101.00190)."""
 
     def answer(prefix, tokens, lengths):
@@ -114,13 +114,13 @@ def prefix(model, length: int) -> Front:
     # The start: keys and values of the soft prompt's start.
     cache = Cache()
     with frozen(model), torch.no_grad():
-        model.run_blocks(neutral(model, length), cache=cache)
+        model.run_blocks(mean_embedding(model, length), cache=cache)
     keys = torch.stack(list(cache.keys.values()), 1)  # (1, L, G, length, C)
     values = torch.stack(list(cache.values.values()), 1)
     return Front(torch.stack([keys, values], 1), answer)
 
 
-def neutral(model, length: int):
+def mean_embedding(model, length: int):
     """Where soft prompts start: the mean of all embeddings, (1, length, D)."""
     return model.embedding.weight.detach().mean(0).expand(1, length, -1)
 
@@ -139,7 +139,7 @@ def last_logits(model, x, valid):
 def for_each(arena: Arena, kind: Callable, length: int = 1, **settings):
     """A front for each prompt, fitted to its neighbours by the loss and the steps of NGD.
 
-    The paper has no such rival. kind: `soft_prompt` or `prefix`."""
+    The paper has no such rival. kind: `soft_prompt` or `prefix_tuning`."""
     model, references, neighbours = arena.model, arena.references, arena.neighbours
     config = replace(arena.config, **settings)
     start, answer = kind(model, length)
@@ -164,7 +164,7 @@ def for_each(arena: Arena, kind: Callable, length: int = 1, **settings):
 def for_all(arena: Arena, kind: Callable, length: int = 1, lr=1e-2, steps=100, batch=64):
     """One front for all prompts, fitted to all usable references: the paper's own rival.
 
-    kind: `soft_prompt` or `prefix`."""
+    kind: `soft_prompt` or `prefix_tuning`."""
     references = arena.references
     usable = references.correct.nonzero()[:, 0]
     start, answer = kind(arena.model, length)
@@ -179,14 +179,14 @@ def for_all(arena: Arena, kind: Callable, length: int = 1, lr=1e-2, steps=100, b
         return cross_entropy(answers(*solved), references.labels[rows]).mean()
 
     with frozen(arena.model):
-        train([front], loss, len(usable), arena.random(), lr, steps, batch)
+        train_weights([front], loss, len(usable), arena.random(), lr, steps, batch)
         with torch.no_grad():
             asked = portions(arena.tokens, arena.lengths)
             logits = [answers(*portion) for portion in asked]
     return own_answers(arena)._replace(logits=torch.cat(logits).cpu())
 
 
-def train(weights, loss: Callable, m: int, generator, lr: float, steps: int, batch: int):
+def train_weights(weights, loss: Callable, m: int, generator, lr: float, steps: int, batch: int):
     """Train weights by AdamW on some of m references at a time, drawn at random.
 
     loss: the mean loss of those at some places (batch,)."""
@@ -249,7 +249,7 @@ def tuned_model(arena: Arena, only_routers, lr=1e-3, steps=100, batch=64, pull=0
         weight = near.weight[pick].to(pathway.device)
         return nats + pull * (weight * distance).sum(1).mean()
 
-    train(weights, loss, len(usable), arena.random(), lr, steps, batch)
+    train_weights(weights, loss, len(usable), arena.random(), lr, steps, batch)
     return model
 
 
@@ -265,7 +265,7 @@ def neighbours_of_references(arena: Arena, usable):
 
 def larger_model(arena: Arena, folder: Path) -> Outcome:
     """How another run's model does by itself. ValueError: a run of another seed."""
-    model, train = runs.load(folder)
+    model, train = runs.load_run(folder)
     seed = train["seed"]
     require(
         seed == arena.seed and train["content"] in ({}, arena.content),

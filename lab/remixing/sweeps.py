@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lab.remixing.arena import Arena, arena_of, judged, own_answers
 from lab.remixing.contest import pooled
-from lab.remixing.methods import METHODS, settings_of
+from lab.remixing.methods import METHODS, tuned_settings
 from lab.remixing.rivals import descend
 from lab.tools import cli
 from pathways import ReferenceSet, frozen, nearest, similarity
@@ -26,7 +26,7 @@ from pathways.tail import TOKENS
 
 def with_settings(arena: Arena, **changes):
     """NGD with other settings than those it was tuned to."""
-    return arena.remix(**settings_of("NGD", arena) | changes)
+    return arena.remix(**tuned_settings("NGD", arena) | changes)
 
 
 def within_ball(arena: Arena, epsilon: float):
@@ -89,7 +89,7 @@ def varied(setting: str, values) -> dict:
 
 
 LAYERS = ("all", "last:1", "last:2", "last:3", "first:1", "first:2", "0,3")
-EMBEDDINGS = ("tfidf-places", "tfidf", "tfidf-bigrams", "hidden:1", "hidden:3", "pathway")
+ALIKE_BY = ("tfidf-places", "tfidf", "tfidf-bigrams", "hidden:1", "hidden:3", "pathway")
 COUNTS = (20, 50, 100, 250, 500, 1000, 2000, 6656)
 SWEEPS = {  # what is varied -> value -> (arena) -> RemixResult
     "critical layers": varied("layers", LAYERS),
@@ -101,7 +101,7 @@ SWEEPS = {  # what is varied -> value -> (arena) -> RemixResult
         "0.7": partial(within_ball, epsilon=0.7),
     },
     "kernel": varied("kernel", ("gaussian", "matern", "polynomial", "linear")),
-    "embedding": varied("embedding", EMBEDDINGS),
+    "embedding": varied("embedding", ALIKE_BY),
     "token": {token: partial(at_token, token=token) for token in TOKENS},
     "first step": varied("lr", (0.1, 0.25, 0.5, 1.0, 2.0)),
     "what is moved, by which step": {
@@ -114,7 +114,7 @@ SWEEPS = {  # what is varied -> value -> (arena) -> RemixResult
 }
 
 
-def sweeps(arenas: list[Arena]) -> dict[str, dict]:
+def run_sweeps(arenas: list[Arena]) -> dict[str, dict]:
     """NGD with one setting varied at a time -> what is varied -> value -> accuracy, gain, ...
 
     change: what it gains over NGD as it was tuned."""

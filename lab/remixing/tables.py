@@ -17,13 +17,13 @@ TESTS = {
 }
 WRONG_LABEL = "random wrong label"  # the row whose accuracy is how often that is reached
 NO_GAIN = ("base", WRONG_LABEL)  # a gain over base says nothing about these
-LEGEND = """\
+CONTEST_LEGEND = """\
 gain: over base; fixed of the wrong, broken of the right; gap closed: gain / the oracle's; rerouted:
 prompts that visit other experts; ms: of processor time for a prompt; cost: in forward passes of
 base; both share what is paid once; accuracy of a random wrong label: that label is reached"""
 
 
-def with_interval(row: dict) -> list[str]:
+def gain_cells(row: dict) -> list[str]:
     """The cells of a gain and of its interval."""
     low, high = row["low"], row["high"]
     return [f"{row['gain']:+.1%}", f"{low:+.1%} to {high:+.1%}"]
@@ -38,7 +38,7 @@ def main_table(rows: dict[str, dict], costs: dict[str, float]) -> str:
     lines = []
     for name, row in rows.items():
         closed = f"{row['gain'] / headroom:.0%}" if headroom else ""
-        cells = [*with_interval(row), f"{row['fixed']:.1%}", f"{row['broken']:.1%}"]
+        cells = [*gain_cells(row), f"{row['fixed']:.1%}", f"{row['broken']:.1%}"]
         cells += [closed, f"{row['changed']:.0%}"]
         if name in NO_GAIN:
             cells = [""] * len(cells)
@@ -58,7 +58,7 @@ def subset_table(subsets: dict[str, dict], sizes: dict[str, float]) -> str:
         for name in SHOWN:
             if name in rows:
                 accuracy = f"{rows[name]['accuracy']:.1%}"
-                lines.append(["", name, accuracy, *with_interval(rows[name])])
+                lines.append(["", name, accuracy, *gain_cells(rows[name])])
     header = ["on a part of the prompts", "", "accuracy", "gain", "95 % interval"]
     return table(lines, header, left=2)
 
@@ -72,12 +72,12 @@ def mistakes_table(mistakes: dict[str, list[float]]) -> str:
     return table(lines, header)
 
 
-def report(result: dict) -> str:
+def contest_report(result: dict) -> str:
     """All that a contest found, as text."""
     copies, alone = result["duplicates"], result["alone"]
     texts = [
         main_table(result["rows"], result["costs"]),
-        LEGEND,
+        CONTEST_LEGEND,
         f"neighbours: {copies:,} near-duplicates dropped, "
         f"{alone:,} prompts with nobody (base is kept)",
         subset_table(result["subsets"], result["sizes"]),
@@ -96,7 +96,7 @@ def tests_table(result: dict) -> str:
     lines = []
     for rival, row in result["ahead"].items():
         p = f"{result['p'][rival]:.2g}"
-        lines.append([f"{TESTS[rival]} against {rival}", *with_interval(row), p])
+        lines.append([f"{TESTS[rival]} against {rival}", *gain_cells(row), p])
     n = len(result["runs"])
     return table(lines, [f"tests in pairs, {n} seeds", "ahead by", "95 % interval", "p"])
 
@@ -118,7 +118,7 @@ def sweep_table(sweeps: dict[str, dict]) -> str:
         title = setting
         for value, row in rows.items():
             accuracy = f"{row['accuracy']:.1%}"
-            lines.append([title, value, accuracy, *with_interval(row)])
+            lines.append([title, value, accuracy, *gain_cells(row)])
             title = ""
     header = ["NGD with other", "", "accuracy", "gain", "95 % interval"]
     return table(lines, header, left=2)
@@ -133,8 +133,8 @@ def gain_table(first: dict, second: dict) -> str:
     lines = []
     for name in first["rows"]:
         if name in second["rows"]:
-            ours, our_cell = gains(first["rows"], name)
-            theirs, their_cell = gains(second["rows"], name)
+            ours, our_cell = gain_on_each_seed(first["rows"], name)
+            theirs, their_cell = gain_on_each_seed(second["rows"], name)
             mean, half = statistics.interval(ours - theirs)
             difference = f"{mean:+.1%} ({mean - half:+.1%} to {mean + half:+.1%})"
             p = f"{statistics.paired(ours, theirs):.2g}"
@@ -148,7 +148,7 @@ def gain_table(first: dict, second: dict) -> str:
     )
 
 
-def gains(rows: dict[str, dict], name: str):
+def gain_on_each_seed(rows: dict[str, dict], name: str):
     """A method's gain on each seed, and the cell that tells their mean."""
     row = rows[name]
     accuracy = np.array(row["each"])  # one number a seed

@@ -29,7 +29,7 @@ def most_frequent(problems: Problems) -> torch.Tensor:
     return problems.options.gather(1, best)[:, 0]
 
 
-def accuracy(answers: torch.Tensor, problems: Problems) -> float:
+def share_right(answers: torch.Tensor, problems: Problems) -> float:
     """The share of right answers (n,) to the first n problems."""
     right = answers == problems.labels[: len(answers)]
     return right.double().mean().item()

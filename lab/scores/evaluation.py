@@ -2,7 +2,7 @@
 
 from string import ascii_uppercase
 
-from lab.scores.cloze import accuracy, answer_questions, most_frequent
+from lab.scores.cloze import answer_questions, most_frequent, share_right
 from moe import Router
 
 
@@ -21,8 +21,8 @@ def final_scores(model, task) -> dict[str, dict]:
         if len(problems.labels) >= 20:  # else it is a text of another kind
             answers = answer_questions(model, problems, most=2000)
             baseline = most_frequent(problems)[: len(answers)]
-            scores[split]["cloze"] = accuracy(answers, problems)
-            scores[split]["frequent"] = accuracy(baseline, problems)
+            scores[split]["cloze"] = share_right(answers, problems)
+            scores[split]["frequent"] = share_right(baseline, problems)
     return scores
 
 
@@ -36,7 +36,7 @@ def routers_by_layer(model) -> dict[int, list[Router]]:
     return layers
 
 
-def places(model) -> list[str]:
+def router_names(model) -> list[str]:
     """Where each router stands: "layer 2", or "layer 2 A" and "layer 2 B" where a block has two."""
     names = []
     for layer, routers in routers_by_layer(model).items():

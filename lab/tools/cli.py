@@ -52,14 +52,14 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].split("=")[0]
             kind = "flag" if name.startswith("-") else "argument"
-            self.error(f"unknown {kind} {name}{nearest(name, self.flags)}")
+            self.error(f"unknown {kind} {name}{did_you_mean(name, self.flags)}")
         return vars(args)
 
 
-def nearest(name: str, known) -> str:
+def did_you_mean(name: str, known) -> str:
     """The hint that ends a message about an unknown name.
 
-    >>> nearest("choise", ["choice", "cloze"])
+    >>> did_you_mean("choise", ["choice", "cloze"])
     '; did you mean choice?'
     """
     similar = difflib.get_close_matches(name, list(known), 1)
@@ -121,7 +121,7 @@ def name_reader(names):
     def read(text):
         if text in names:
             return text
-        message = f"{text!r} is not one of {', '.join(names)}{nearest(text, names)}"
+        message = f"{text!r} is not one of {', '.join(names)}{did_you_mean(text, names)}"
         raise argparse.ArgumentTypeError(message)
 
     return read
@@ -142,7 +142,7 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(",") if number)
 
 
-def fill(config: type, values: dict):
+def make_config(config: type, values: dict):
     """Make the dataclass of those values that are its fields. Usage where they do not fit."""
     names = {field.name for field in dataclasses.fields(config)}
     own = {name: value for name, value in values.items() if name in names}
@@ -193,7 +193,7 @@ def command(*words) -> str:
     return shlex.join(str(word) for word in words)
 
 
-class Output:
+class SteadyOutput:
     """Standard output. Where it is closed or full, the program goes on without it."""
 
     def __init__(self, stream):
@@ -232,7 +232,7 @@ def steady_output():
         if hasattr(stream, "reconfigure"):  # Windows would refuse to print the bars
             stream.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
         streams.append(stream)
-    sys.stdout, sys.stderr = output, _ = Output(streams[0]), streams[1]
+    sys.stdout, sys.stderr = output, _ = SteadyOutput(streams[0]), streams[1]
     try:
         yield output
         output.flush()

@@ -33,7 +33,7 @@ def figure(width: float, height: float, **grid):
     return fig, axes
 
 
-def keep(fig, path: Path | None):
+def save_figure(fig, path: Path | None):
     """The figure, written to a file where a path is given."""
     if path:
         with whole(Path(path)) as file:
@@ -100,7 +100,7 @@ def loss_figure(log: list[dict], floor: float, name: str, path: Path | None = No
         right.set(title="Accuracy on held-out prompts (dev)", xlabel="step")
         right.set(ylabel="accuracy (%)", ylim=(0, 100))
         right.legend(fontsize=7, frameon=False)
-    return keep(fig, path)
+    return save_figure(fig, path)
 
 
 # ---- routing
@@ -152,4 +152,4 @@ def routing_figure(
             ax.set_yticklabels([])
     fig.colorbar(image, ax=list(axes[:, 1]), label="tokens that visit it (%)", pad=0.01)
     fig.suptitle(title + "   (dashed: even load)", color=INK)
-    return keep(fig, path)
+    return save_figure(fig, path)

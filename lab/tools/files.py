@@ -228,7 +228,7 @@ def read_json(path: Path, form):
     return parse_json(path.read_text(encoding="utf-8", errors="replace"), form, str(path))
 
 
-def parse_json(text: str, form, place: str):
+def parse_json(text: str | bytes, form, place: str):
     """What a JSON text says. place: for messages. ValueError where it has another form.
 
     A form is a type; [form], a list of such; {"name": form, ...}, an object with these entries and

@@ -35,7 +35,7 @@ def label(name: str) -> str:
     return SCORES.get(name, (name.replace("_", " "), ""))[0]
 
 
-def describe(train, model, task, folder: Path) -> str:
+def describe_run(train, model, task, folder: Path) -> str:
     """What is about to run: its settings, and the parameters of the model."""
     # Where it runs.
     device = model.embedding.weight.device
@@ -72,7 +72,7 @@ def chooses_by_top_p(sizes) -> bool:
     return getattr(sizes, "router", "") == "top_p"
 
 
-def progress(log: list[dict]) -> str:
+def log_row(log: list[dict]) -> str:
     """The last line of the log as a row, below a header if it is the first."""
     # Name and text of each column.
     line = log[-1]
@@ -92,7 +92,7 @@ def progress(log: list[dict]) -> str:
     return row if len(log) > 1 else f"{header}\n{row}"
 
 
-def report(train, model, task, scores: dict, seconds: float, loads: dict, folder: Path) -> str:
+def run_report(train, model, task, scores: dict, seconds: float, loads: dict, folder: Path) -> str:
     """What came out: scores, speed, what was written, what to run next.
 
     scores: split -> name -> value. loads: place of a router -> the share of the tokens (E,) that

@@ -17,7 +17,7 @@ import torch
 
 from lab.composing.presets import build_model, config_class
 from lab.tools.checks import torch_defaults, undisturbed
-from lab.tools.cli import command, nearest, note
+from lab.tools.cli import command, did_you_mean, note
 from lab.tools.files import (
     as_json,
     digest,
@@ -37,7 +37,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of each weight
 # ---- saving
 
 
-def save(
+def save_run(
     folder: Path,
     model,
     optimizer,
@@ -91,7 +91,7 @@ def weights_of(state: dict) -> dict:
 
 
 @undisturbed()
-def load(folder: Path, router: type | None = None):
+def load_run(folder: Path, router: type | None = None):
     """Open a run -> its model in evaluation mode, and the settings of its training.
 
     router: the class of the run's routers, for a run that was trained with one of your own.
@@ -124,12 +124,12 @@ def read_last_save(folder: Path) -> tuple[dict, dict]:
         step = read_about(state_path).get("step")
         if not path.is_file() or step != read_about(path).get("step"):
             state, about = read_state(folder)
-            return settings_of(about["settings"], state_path), weights_of(state)
+            return parse_settings(about["settings"], state_path), weights_of(state)
 
     config = folder / "config.json"
     require_file(config)
     text = config.read_text(encoding="utf-8", errors="replace")
-    settings = settings_of(text, config)
+    settings = parse_settings(text, config)
     require_file(path)
     weights, about = read_tensors(path)
     same = about.get("settings") in (None, digest(as_json(settings)))
@@ -172,7 +172,7 @@ def router_class(name: str) -> type[Router]:
         sys.path.remove(os.getcwd())
 
     router = getattr(module, class_name, None)
-    hint = nearest(class_name, vars(module))
+    hint = did_you_mean(class_name, vars(module))
     require(router is not None, f"--router {name}: {module_name} has no {class_name}{hint}")
     require(
         isinstance(router, type) and issubclass(router, Router),
@@ -234,17 +234,17 @@ def read_state(folder: Path):
         config = folder / "config.json"
         require_file(config)
         text = config.read_text(encoding="utf-8", errors="replace")
-        about["settings"] = as_json(settings_of(text, config))
+        about["settings"] = as_json(parse_settings(text, config))
     return state, about
 
 
 def read_settings(folder: Path) -> dict:
     """The settings of a run that can be resumed: {"model": ..., "train": ..., ...}."""
     _, about = read_state(folder)
-    return settings_of(about["settings"], folder)
+    return parse_settings(about["settings"], folder)
 
 
-def settings_of(text: str, source) -> dict:
+def parse_settings(text: str, source) -> dict:
     """The settings that a JSON text holds. ValueError: it holds none of ours."""
     return parse_json(text, {"model": {}, "train": {}}, str(source))
 

@@ -71,7 +71,7 @@ class TrainConfig:
         require(named, "--data text needs --data-file PATH")
 
 
-def absolute(given: dict):
+def name_files_absolutely(given: dict):
     """Name files by their whole paths, so that a run can be opened from other folders."""
     for name in ("data_file", "valid_file", "tokenizer"):
         if given.get(name) and Path(given[name]).is_file():
@@ -80,7 +80,7 @@ def absolute(given: dict):
 
 def new_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     """Settings of a new run: the flags over what the task wants, over the defaults."""
-    absolute(given)
+    name_files_absolutely(given)
     # What the task wants, and what the flags say.
     if given.get("data_file") and "data" not in given:
         given["data"] = "text"
@@ -89,8 +89,8 @@ def new_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     if given.get("preset"):
         values |= task.preset_sizes
     values |= given
-    train = cli.fill(TrainConfig, values)
-    sizes = cli.fill(MoEConfig, values)
+    train = cli.make_config(TrainConfig, values)
+    sizes = cli.make_config(MoEConfig, values)
 
     # A preset starts from these sizes.
     if train.preset:
@@ -107,7 +107,7 @@ def new_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
 def resumed_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     """Settings of the run to continue. Usage names every flag that asks for something else."""
     # Most flags have to say what the run has, or nothing.
-    absolute(given)
+    name_files_absolutely(given)
     folder = Path(given["resume"])
     saved = runs.read_settings(folder)
     old = {**saved["model"], **saved["train"]}
@@ -124,8 +124,8 @@ def resumed_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     # The settings that are saved, and the few that may change.
     task = TASKS[saved["train"].get("data", "skills")]
     changes = {name: given[name] for name in CHANGEABLE if name in given}
-    train = cli.fill(TrainConfig, {**task.settings, **saved["train"], **changes})
-    return train, cli.fill(config_class(saved["model"]), saved["model"])
+    train = cli.make_config(TrainConfig, {**task.settings, **saved["train"], **changes})
+    return train, cli.make_config(config_class(saved["model"]), saved["model"])
 
 
 def folder_of(train: TrainConfig, single: bool) -> Path:

@@ -17,7 +17,7 @@ import tiktoken
 from tqdm import tqdm
 
 from lab.tools.checks import require
-from lab.tools.cli import Usage, nearest, note, program
+from lab.tools.cli import Usage, did_you_mean, note, program
 from lab.tools.files import digest, whole, write
 
 END = "<|endoftext|>"  # alone on a line, it ends a document
@@ -30,7 +30,7 @@ GPT2 = (  # pieces of text, words mostly, that no token crosses
 LONGEST = 2**15
 KINDS = (r"\s", r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)")
 LONG_RUN = re.compile("|".join(f"{kind}{{{LONGEST}}}" for kind in KINDS))
-BLOCK = 2**22  # characters that are tokenised at once
+BLOCK_SIZE = 2**22  # characters that are tokenised at once
 
 
 # ---- tokenizers
@@ -48,7 +48,7 @@ def tokenizer(name: str = "tinystories") -> tiktoken.Encoding:
     if Path(name).is_file():
         return own_encoding(Path(name).stem, read_ranks(Path(name)))
     names = ["tinystories", "bytes", *tiktoken.list_encoding_names()]
-    hint = f"there are {', '.join(names)}, and files of ranks{nearest(name, names)}"
+    hint = f"there are {', '.join(names)}, and files of ranks{did_you_mean(name, names)}"
     require(name in names, f"no tokenizer is called {name!r}; {hint}")
     try:
         return tiktoken.get_encoding(name)
@@ -128,7 +128,7 @@ def documents(path: str) -> Iterator[tuple[str, bool]]:
         ended = line == ""
         block.append(line)
         size += len(line)
-        if not ended and size < BLOCK:
+        if not ended and size < BLOCK_SIZE:
             continue
 
         # Of a long document, keep what stands behind the cut for the next block.

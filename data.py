@@ -84,6 +84,10 @@ class Task(Protocol):
         """Tokens (n, T) and lengths (n,) that show how rare a token is; None: the references."""
         return None
 
+    def words(self, tokens) -> str:
+        """A prompt or an answer, a list of tokens, as people read it; here their numbers."""
+        return " ".join(map(str, tokens))
+
     def sample(self, model) -> str:
         """A text by the model; nothing where the task is no text."""
         return ""
@@ -309,6 +313,14 @@ class SkillsTask(Task):
         prompts = self.prompts(split)
         lengths = torch.full_like(prompts.labels, 4)
         return Problems(prompts.tokens, lengths, prompts.labels, about=prompts)
+
+    def words(self, tokens) -> str:
+        """Such as "dialect 2, cue 24 of 3 and 12"; a single token is its number."""
+        if len(tokens) == 1:
+            return str(tokens[0])
+        marker, a, b, cue = tokens
+        dialect = "no dialect" if marker == self.NONE else f"dialect {marker - self.NONE - 1}"
+        return f"{dialect}, cue {cue - self.FIRST_CUE} of {a} and {b}"
 
     def corpus(self):
         """The examples of 40 training batches, without their answers."""
@@ -662,6 +674,11 @@ class TextData(Task):
                 continuing.add(token)
         return starting, continuing
 
+    def words(self, tokens) -> str:
+        """The text of tokens, in one line; END is nothing."""
+        text = self.encoding.decode([int(t) for t in tokens if t != self.encoding.eot_token])
+        return " ".join(text.split())
+
     def sample(self, model) -> str:
         """Three texts from nothing but the end of another text, at temperature 0.6."""
         end = self.encoding.eot_token
@@ -737,7 +754,7 @@ def at_hand(path: str | None) -> str | None:
 def require_same(task: Task, content: dict):
     """ValueError unless a task is made of what a run remembers."""
     if not content:
-        note("this run is of an earlier version: whether its text has changed cannot be told")
+        note("this run is of an earlier version, which kept no checksum: its text may have changed")
     for name, checksum in task.content.items():
         before = content.get(name, checksum)
         fault = f"the {name} is not the one of this run: {checksum} now, {before} then"

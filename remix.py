@@ -7,6 +7,7 @@ and the prompt's own answer is never looked at.
 
     references = ReferenceSet.build(model, solved_prompts, labels)
     result = remix(model, prompts, references)      # result.logits, .pathway, .neighbours
+    print(result.explain(0))                        # what became of the first prompt, in words
 
 This file is the algorithm, from top to bottom:
 
@@ -34,7 +35,14 @@ import torch.nn.functional as F
 
 from lab.tools.checks import progress, require, torch_defaults
 from moe import unwrapped
-from pathways.checks import require_config, require_gradient, require_moved, require_remixable
+from pathways.checks import (
+    as_tuples,
+    require_config,
+    require_gradient,
+    require_moved,
+    require_remixable,
+)
+from pathways.explain import explained
 from pathways.neighbours import KERNELS, TINY, Neighbours, find_neighbours, kernel
 from pathways.prompts import cross_entropy, padded, trimmed
 from pathways.references import ReferenceSet
@@ -286,6 +294,10 @@ class RemixResult(NamedTuple):
     logits: torch.Tensor  # (n, V)
     losses: torch.Tensor  # (n, calls) every loss that the surrogate asked for, in order
     neighbours: Neighbours
+    prompts: list | None = None  # n lists of tokens
+    references: ReferenceSet | None = None
+
+    explain = explained  # (i, words) -> what became of prompt i, in words
 
 
 @torch_defaults()
@@ -335,4 +347,4 @@ def remix(
             logits = tail(prefix, w)
             results.append((own, w, logits_before, logits, loss.history()))
     columns = [torch.cat(column).cpu() for column in zip(*results, strict=True)]
-    return RemixResult(*columns, neighbours)
+    return RemixResult(*columns, neighbours, as_tuples(tokens, lengths), references)

@@ -5,6 +5,7 @@ references.py   labelled prompts with the pathways that the model takes for them
 similarity.py   which prompts are alike: tf-idf and other embeddings
 neighbours.py   the references nearest to a prompt, and how much each counts
 prompts.py      padding and portions of prompts
+explain.py      what became of a prompt, in words
 checks.py       the checks of what a user gives
 """
 

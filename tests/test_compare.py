@@ -217,7 +217,7 @@ def test_table(tmp_path, capsys):
     cells = ["20%", "of", "the", "mass", f"{math.exp(2.2):.2f}", "(20%)", f"{math.exp(2.17):.2f}"]
     assert first["20%"].split()[:7] == cells
     assert first["smoe_share"].endswith("no difference")
-    assert first["top_p"].endswith("cannot be told here")
+    assert first["top_p"].endswith("inconclusive")
     assert first["hash"].endswith("higher, inside the margin")
     assert {file.name for file in tmp_path.glob("*.png")} == {"effects.png", "robustness.png"}
 

@@ -1,4 +1,4 @@
-"""The house rules: imports run one way, the README knows every file, every module is packaged."""
+"""The house rules: imports run one way, a page names every file, every module is packaged."""
 
 import ast
 import doctest
@@ -75,23 +75,32 @@ def test_every_module_has_a_rule():
     assert {path.as_posix() for path in MODULES} - free == {path.as_posix() for path in ruled}
 
 
-def test_readme_names_what_is_there():
-    """The README names every module, and every folder of lab."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_files_names_what_is_there():
+    """docs/files.md names every module, and every folder of lab."""
+    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
     names = {path.name for path in MODULES} - {"__init__.py", "__main__.py"}
     names |= {f"{path.parent.name}/" for path in MODULES if path.parent.name}
-    assert {name for name in names if name not in readme} == set()
+    assert {name for name in names if name not in page} == set()
 
 
-def test_readme_quotes_to_the_letter():
-    """A class or function of the README that a root file defines stands there just so."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    sources = [path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")]
-    for block in re.findall(r"```python\n(.*?)```", readme, re.S):
-        start = block.split("\n")[0]
-        if start.lstrip().startswith(("class ", "def ")):
-            named = [source for source in sources if f"{start}\n" in source]
-            assert not named or any(block.strip() in source for source in named), start
+def test_links_lead_somewhere():
+    """Every relative link of a page leads to a file, and to a heading of it where it names one."""
+    missing = []
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if link.startswith("http"):
+                continue
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                missing.append(f"{page.name}: {link}")
+    assert missing == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 def test_examples_in_docstrings():

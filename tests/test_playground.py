@@ -77,7 +77,7 @@ def test_page_equals_remix(browser, arena):
     given = (arena.model, tokens, arena.references)
     results = {name: remix(*given, method=name, neighbours=near) for name in SURROGATES}
     results["oracle"] = towards(arena, labels, {})
-    results["oracle's null"] = towards(arena, wrong, {})
+    results["a wrong answer"] = towards(arena, wrong, {})
     results["random neighbours"] = remix(*given, neighbours=near._replace(index=others))
     assert shown[0]["answers"].keys() == {"own", *results}
     for name, result in results.items():
@@ -262,7 +262,7 @@ DONE = """new Promise((resolve) => {
 @pytest.mark.full
 @needs_browser
 def test_every_guide(browser):
-    """Choosing what to follow runs its method; the oracle and its null get where they aim."""
+    """Choosing what to follow runs its method; the oracle and a wrong answer get where they aim."""
     browser.open(DOCS)
     for guide in ("random", "regression", "crowd", "oracle", "wrong"):
         browser.click(f"#guides input[value={guide}]")

@@ -58,6 +58,33 @@ def prompts_of(references):
     return [row[:length] for row, length in rows]
 
 
+def test_a_result_explains_itself():
+    """In words: the prompt, its answers before and after, the neighbours and their answers."""
+    model, asked, references = world()
+    result = remix(model, asked, references, k=2)
+
+    def words(tokens):
+        return "-".join(f"w{token}" for token in tokens)
+
+    text = result.explain(3, words)
+    first, *rest = text.splitlines()
+    assert first == words(asked[3].tolist())
+    before = result.logits_before[3].softmax(-1)
+    best = int(before.argmax())
+    row = next(line for line in rest if line.strip().startswith(f"w{best} "))
+    assert f" {before[best]:.0%} " in row
+    near = result.neighbours
+    for index, weight in zip(near.index[3].tolist(), near.weight[3].tolist(), strict=True):
+        length, label = int(references.lengths[index]), int(references.labels[index])
+        solved = words(references.tokens[index, :length].tolist())
+        assert f"{solved}: w{label} (weight {weight:.2f})" in text
+    losses = result.losses[3]
+    assert text.endswith(f"their loss: {losses[0]:.2f} nats, at best {losses.min():.2f}")
+    assert result.explain(3).splitlines()[0] == " ".join(map(str, asked[3].tolist()))
+    with pytest.raises(ValueError, match="only a result of `remix`"):
+        result._replace(references=None).explain(3)
+
+
 # ---- the exact form
 
 

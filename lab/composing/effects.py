@@ -141,7 +141,7 @@ def describe_effect(effect: Effect | None) -> str:
     elif inside:
         verdict = "no difference"
     else:
-        verdict = "cannot be told here"
+        verdict = "inconclusive"
     if inside and verdict != "no difference":
         verdict += ", inside the margin"
     return f"{effect.middle:+.2f} % ({effect.low:+.2f} to {effect.high:+.2f}): {verdict}"

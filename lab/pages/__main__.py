@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data import SkillsTask
 from lab.composing import verdict
 from lab.composing.effects import group_runs
-from lab.pages.claims import claims_table
+from lab.pages import claims
 from lab.pages.declared import declared_table
 from lab.pages.stored import RESULTS, stored_result, stored_runs
 from lab.remixing.figures import contest_figures, knowledge_figure, reach_figure, sweeps_figure
@@ -20,11 +21,17 @@ from lab.remixing.knowledge import pathway_tables
 from lab.remixing.reach import reach_table
 from lab.remixing.tables import contest_report, gain_table, main_table, sweep_table
 from lab.tools import cli, figures
-from moe import require
+from moe import MoEConfig, require
 from notebooks import pictures
 
 ROOT = RESULTS.parent
-MARKDOWN = {"claims": claims_table, "declared": declared_table}  # tables of markdown
+MARKDOWN = {  # name of a place -> the function that makes its table of markdown
+    "claims": claims.main_claims,
+    "claims-remixing": lambda: claims.claims_markdown(claims.remixing_rows()),
+    "claims-settings": lambda: claims.claims_markdown(claims.setting_rows()),
+    "claims-cartesian": lambda: claims.claims_markdown(claims.cartesian_rows()),
+    "declared": declared_table,
+}
 PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -64,7 +71,8 @@ def text_blocks() -> dict:
     """Name of a place -> the function that makes its text."""
     blocks = {path.stem: partial(path.read_text, "utf-8") for path in RESULTS.glob("*.txt")}
     return blocks | {
-        "train_toy": train_toy_excerpt,
+        "train_toy": partial(train_toy_paragraphs, 0, 1),
+        "taste": partial(train_toy_paragraphs, 3),
         "remix": lambda: contest_report(stored_result("remix-skills-test")),
         "remix-strict": partial(stored_table, "remix-skills-test-strict"),
         "remix-stories": partial(stored_table, "remix-stories-test"),
@@ -80,10 +88,10 @@ def text_blocks() -> dict:
     }
 
 
-def train_toy_excerpt() -> str:
-    """What train_toy.py prints first, and its taste of re-mixing."""
+def train_toy_paragraphs(*places: int) -> str:
+    """Parts of what train_toy.py prints: what it trains and how that goes, a taste of re-mixing."""
     paragraphs = (RESULTS / "train_toy.txt").read_text(encoding="utf-8").split("\n\n")
-    return "\n\n".join([paragraphs[0], paragraphs[2], paragraphs[3]])
+    return "\n\n".join(paragraphs[place] for place in places)
 
 
 def stored_table(name: str) -> str:
@@ -123,7 +131,10 @@ def draw_all(folder: Path):
     verdict.draw_trend(stored_runs("trend", "second"), folder / "trend.png")
 
     # C3PO
-    contest_figures(stored_result("remix-skills-test"), str(folder / "remix"))
+    contest = stored_result("remix-skills-test") | {"title": "Skills task, 8 seeds"}
+    words = SkillsTask().words(contest["example"]["tokens"])
+    contest["example"] |= {"words": words, "top_k": MoEConfig().top_k}
+    contest_figures(contest, str(folder / "remix"))
     knowledge = stored_result("knowledge")
     seeds = f"{len(knowledge['runs'])} seeds"
     title = f"Where ten steps lead: nearly as often to wrong labels as to right ones ({seeds})"

@@ -1,11 +1,12 @@
-"""The claims of both papers, and what came out here: one table, its numbers from results/.
+"""The claims of both papers, and what came out here: tables of rows, their numbers from results/.
 
-A row is (claim, what the paper published, what came out here, the verdict).
+A row is one difference, in one unit, with the direction that the claim asks for.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
-from data import perplexity
 from lab.composing.effects import (
     BASE,
     describe_effect,
@@ -16,243 +17,213 @@ from lab.composing.effects import (
 )
 from lab.pages.declared import UNTOLD, cartesian_test, p_value, remixing_tests, test_losses
 from lab.pages.stored import stored_result, stored_runs
-from lab.remixing.reach import RIGHT, WRONG
-from lab.tools.statistics import interval
+from lab.tools import statistics
+
+# What an effect says that was not declared.
+FOR, AGAINST = "points that way", "points the other way"
+NOTHING = "can show nothing: all kernels weigh three neighbours alike"
+UNITS = {1: "points, higher", -1: "points, lower", 0: "points, no difference"}
+PERPLEXITY = "% of perplexity, lower"
+
+
+class Row(NamedTuple):
+    """A claim and what came out here."""
+
+    claim: str
+    published: str
+    effect: str  # ours minus theirs, with its 95 % interval
+    better: str  # the unit, and what the claim asks for
+    p: str  # of a t-test, two-sided
+    seeds: str
+    verdict: str  # bold where the test was declared
+
 
 CLAIMS_HEAD = (
-    "| claim | published | here, with 95 % interval | verdict | command |\n|---|---|---|---|---|\n"
+    "claim",
+    "published",
+    "here (95 % interval)",
+    "unit, claimed",
+    "p",
+    "seeds",
+    "verdict",
 )
-# What an effect says that was not declared: on perplexity about a claim that it is lower, or in
-# points about a claim of a gain.
-FOR, AGAINST = "points that way", "points the other way"
-COMPOSING = "composing experts is what helps, not having two routers"
-EQUAL_LOSS = "the same, where {} of a token's experts is lost in both"
 
 
-def claims_table() -> str:
-    """The table, in markdown."""
-    sweeps = stored_result("remix-skills-dev-ablation")
-    parts = {
-        "eval.py remix": remixing_rows("remix-skills-test", stored_result("knowledge")),
-        "eval.py remix --ablate": setting_rows(sweeps),
-        "lab.composing.compare": cartesian_rows(group_runs(stored_runs("compare"), 2500)),
-    }
-    text = CLAIMS_HEAD
-    for command, rows in parts.items():
-        for row in rows:
-            text += f"| {' | '.join(row)} | `{command}` |\n"
-    return text
+def claims_markdown(rows: list[Row]) -> str:
+    """Rows as a table."""
+    lines = [CLAIMS_HEAD, ["---"] * len(CLAIMS_HEAD), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def verdict_of(low: float, high: float, asked: int) -> str:
+    """What an interval says of a claim that asks for more (1), for less (-1), or for neither."""
+    if low <= 0 <= high:
+        return UNTOLD
+    return FOR if asked == (1 if low > 0 else -1) else AGAINST
+
+
+def main_claims() -> str:
+    """The claims that matter, for the README."""
+    rows = {row.claim: row for row in (*remixing_rows(), *cartesian_rows())}
+    rivals = ("base", "random neighbours", "kernel regression", "in-context", "prefix for all")
+    wanted = [f"NGD against {METHOD_WORDS[rival]}" for rival in (*rivals, "prefix for each")]
+    chosen = [rows[claim] for claim in (*wanted, *CARTESIAN_TESTS.values())]
+    return claims_markdown([row._replace(published=row.published.split()[0]) for row in chosen])
 
 
 # ---- C3PO
 
-
-def gain(row: dict) -> str:
-    """A gain in points, with its interval."""
-    mean, low, high = (100 * row[key] for key in ("gain", "low", "high"))
-    return f"{mean:+.1f} ({low:.1f} to {high:.1f})"
-
-
-def direction(*rows: dict) -> str:
-    """Which way effects point by their intervals, if all point the same way."""
-    if all(row["low"] > 0 for row in rows):
-        return FOR
-    return AGAINST if all(row["high"] < 0 for row in rows) else UNTOLD
-
-
-def ngd_minus(rows: dict, *rivals: str) -> tuple[str, str]:
-    """NGD minus each rival, in points with Student's interval over seeds, and a verdict."""
-    texts, effects = [], []
-    for rival in rivals:
-        mean, half = interval(np.subtract(rows["NGD"]["each"], rows[rival]["each"]))
-        low, high = mean - half, mean + half
-        texts.append(f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
-        effects.append({"low": low, "high": high})
-    return "NGD minus it: " + " and ".join(texts), direction(*effects)
-
-
-def remixing_rows(name: str, knowledge: dict) -> list[tuple]:
-    """C3PO's claims (arXiv 2504.07964) on the skills task: results/NAME.json.
-
-    Published: OLMoE-1B-7B, means over six benchmarks. Effects are NGD minus the rival, in points.
-    """
-    rows, tests = stored_result(name)["rows"], remixing_tests(name)
-    share = {method: f"{100 * row['accuracy']:.1f}" for method, row in rows.items()}
-    gains = {method: gain(row) for method, row in rows.items()}
-    p = {rival: p_value(test.p) for rival, test in tests.items()}
-    broken, fixed = (100 * rows["NGD"][key] for key in ("broken", "fixed"))
-    null = knowledge["reach"]["matched"]
-    reached = {label: f"{100 * null[label]['mean']:.0f} %" for label in (RIGHT, WRONG)}
-    return [
-        (
-            "C3PO: NGD beats the model as it is",
-            "69.9 → 79.2",
-            f"{share['base']} → {share['NGD']}: {gains['NGD']}, {p['base']}",
-            tests["base"].verdict,
-        ),
-        (
-            "so do mode finding and kernel regression",
-            "72.4 and 76.9",
-            f"{gains['mode finding']} and {gains['kernel regression']}",
-            direction(rows["mode finding"], rows["kernel regression"]),
-        ),
-        (
-            "NGD is the best of the three",
-            "79.2 against 76.9",
-            f"NGD minus kernel regression: {tests['kernel regression'].effect}, "
-            f"{p['kernel regression']}",
-            tests["kernel regression"].verdict,
-        ),
-        ("it beats in-context learning", "73.7", *ngd_minus(rows, "in-context")),
-        (
-            "it beats prefix tuning and soft prompts, trained once on all references",
-            "71.3 and 72.2",
-            *ngd_minus(rows, "prefix for all", "soft prompt for all"),
-        ),
-        (
-            "and those fitted to each prompt's neighbours, a rival of our own",
-            "-",
-            *ngd_minus(rows, "prefix for each", "soft prompt for each"),
-        ),
-        (
-            "there is more to win: the oracle",
-            "85.2",
-            f"{share['oracle']}: {gains['oracle']}; where the model is wrong, its steps lead to "
-            f"the right label in {reached[RIGHT]}, to wrong ones as probable in {reached[WRONG]}",
-            direction(rows["oracle"]),
-        ),
-        (
-            "few right answers are broken",
-            "5.1 % (ARC-C)",
-            f"{broken:.1f} % broken, {fixed:.1f} % of the wrong fixed",
-            "much the same" if abs(broken - 5.1) < 1 else f"{broken - 5.1:+.1f} points",
-        ),
-        (
-            "it beats a dense model (3.5 times the activated parameters, 1.1 times all) "
-            "that sees no references",
-            "1-3B against 7-9B",
-            *ngd_minus(rows, "larger, dense"),
-        ),
-    ]
+# The paper's main table: means of OLMoE-1B-7B over six benchmarks.
+PUBLISHED = {
+    "base": 69.9,
+    "mode finding": 72.4,
+    "kernel regression": 76.9,
+    "NGD": 79.2,
+    "in-context": 73.7,
+    "prefix for all": 71.3,
+    "soft prompt for all": 72.2,
+    "oracle": 85.2,
+}
+METHOD_WORDS = {  # rows of results, as people call them
+    "base": "the model as it is",
+    "random neighbours": "random neighbours (our control)",
+    "kernel regression": "kernel regression",
+    "in-context": "in-context learning",
+    "prefix for all": "prefix tuning",
+    "soft prompt for all": "a soft prompt",
+    "prefix for each": "a prefix for each prompt (our rival)",
+    "soft prompt for each": "a soft prompt for each prompt (our rival)",
+    "larger, dense": "a dense model, 3.5 times as many activated parameters",
+}
+REMIXING = [("NGD", rival) for rival in METHOD_WORDS]
+REMIXING += [(method, "base") for method in ("kernel regression", "mode finding", "oracle")]
 
 
-def setting_rows(sweeps: dict) -> list[tuple]:
-    """What C3PO says of its settings, on dev: other settings minus those of NGD here."""
-
-    def minus(setting: str, *values: str) -> tuple[list[dict], str]:
-        rows = [sweeps[setting][value]["change"] for value in values]
-        texts = [f"{value} {gain(row)}" for value, row in zip(values, rows, strict=True)]
-        return rows, ", ".join(texts)
-
-    last, last_text = minus("critical layers", "last:2", "last:1")
-    core, core_text = minus("core experts", "6")
-    few_steps, few_text = minus("steps", "3")
-    more_steps, more_text = minus("steps", "50")
-    others, others_text = minus("neighbours", "1", "5", "16")
-    kernels, kernels_text = minus("kernel", "linear", "matern")
-    tokens, tokens_text = minus("token", "middle", "first", "all")
-    return [
-        (
-            "the last layers are the best choice",
-            "last 5 of 16: 79.2, all: 77.7",
-            f"minus all four: {last_text}",
-            direction(*last),
-        ),
-        (
-            "some core experts are as good as all",
-            "20 of 64: the same",
-            f"minus all 16: {core_text}",
-            AGAINST if core[0]["high"] < 0 else UNTOLD,
-        ),
-        (
-            "ten steps are enough",
-            "3: 74.2, 10: 79.2, 50: 79.2",
-            f"minus 10: {few_text}, {more_text}",
-            enough(few_steps[0], more_steps[0]),
-        ),
-        (
-            "three neighbours are best",
-            "1: 75.3, 3: 79.2, 5: 77.7",
-            f"minus 3: {others_text}",
-            best(others),
-        ),
-        (
-            "the Gaussian kernel is best",
-            "70.0, 76.3 and 79.2",
-            f"minus it: {kernels_text}",
-            best(kernels) if any(abs(row["gain"]) > 0.005 for row in kernels) else NOTHING,
-        ),
-        (
-            "the last token is the one to re-mix",
-            "last 79.2, middle 71.4, first 74.5",
-            f"minus last: {tokens_text}",
-            best(tokens),
-        ),
-    ]
+def remixing_rows(name: str = "remix-skills-test") -> list[Row]:
+    """C3PO's claims (arXiv 2504.07964) on the skills task: a method minus its rival."""
+    result, tests = stored_result(name), remixing_tests(name)
+    table = []
+    for method, rival in REMIXING:
+        ours, theirs = (result["rows"][row]["each"] for row in (method, rival))
+        mean, half = statistics.interval(np.subtract(ours, theirs))
+        p, says = statistics.paired(ours, theirs), verdict_of(mean - half, mean + half, 1)
+        if method == "NGD" and rival in tests:
+            p, says = tests[rival].p, tests[rival].verdict
+        published = "-"
+        if {method, rival} <= PUBLISHED.keys():
+            published = difference(PUBLISHED[method], PUBLISHED[rival])
+        claim = f"{method} against {METHOD_WORDS[rival]}"
+        here = in_points(mean, mean - half, mean + half)
+        seeds = str(len(result["seeds"]))
+        table.append(Row(claim, published, here, UNITS[1], p_value(p), seeds, says))
+    return table
 
 
-NOTHING = "can show nothing: here they weigh three neighbours alike"
+def difference(ours: float, theirs: float) -> str:
+    """A published difference, and what it is one of."""
+    return f"{ours - theirs:+.1f} ({ours} against {theirs})"
 
 
-def best(others: list[dict]) -> str:
-    """What changes to other settings say of a claim that the present one is the best."""
-    if all(row["high"] < 0 for row in others):
-        return FOR
-    return AGAINST if any(row["low"] > 0 for row in others) else UNTOLD
+def in_points(mean: float, low: float, high: float) -> str:
+    """A difference of shares in points, with its interval."""
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def enough(fewer: dict, more: dict) -> str:
-    """What fewer and more of something say of a claim that so much is needed, and enough."""
-    if more["low"] > 0:
-        return AGAINST
-    return FOR if fewer["high"] < 0 else UNTOLD
+SETTINGS = (  # what is varied, another value, NGD's here, and the two accuracies in the paper
+    ("critical layers", "last:2", "all", 79.2, 77.7),  # there the last 5 of 16
+    ("critical layers", "last:1", "all", 79.2, 77.7),
+    ("core experts", "6", "16", 79.2, 79.2),  # there 20 of 64
+    ("steps", "3", "10", 74.2, 79.2),
+    ("steps", "50", "10", 79.2, 79.2),
+    ("neighbours", "1", "3", 75.3, 79.2),
+    ("neighbours", "5", "3", 77.7, 79.2),
+    ("kernel", "linear", "gaussian", 70.0, 79.2),
+    ("kernel", "matern", "gaussian", 76.3, 79.2),
+    ("token", "middle", "last", 71.4, 79.2),
+    ("token", "first", "last", 74.5, 79.2),
+)
+
+
+def setting_rows() -> list[Row]:
+    """What C3PO says of its settings, on dev: NGD with another setting minus NGD."""
+    sweeps, table = stored_result("remix-skills-dev-ablation"), []
+    for setting, value, own, theirs, best in SETTINGS:
+        change = sweeps[setting][value]["change"]
+        mean, low, high = (change[key] for key in ("gain", "low", "high"))
+        asked = int(np.sign(theirs - best))
+        says = verdict_of(low, high, asked)
+        if setting == "kernel" and abs(mean) < 0.005:
+            says = NOTHING
+        claim = f"{setting}: {value} against {own}"
+        published = difference(theirs, best)
+        table.append(
+            Row(claim, published, in_points(mean, low, high), UNITS[asked], "-", "3", says)
+        )
+    return table
 
 
 # ---- CartesianMoE
 
-PAPER_DENSE = "dense_paper"  # the paper's: 162 million parameters, where its MoEs activate 247
+CARTESIAN_TESTS = {  # results/NAME.jsonl -> the claim of its declared test
+    "compare": "Cartesian against fine-grained experts",
+    "second": "Cartesian against fine-grained experts, at lower rates",
+}
+LOWER = (  # the claim, ours, theirs, and the two perplexities in the paper
+    ("Cartesian against smoe_share", "cartesian", "smoe_share", 7.19, 7.37),
+    ("Cartesian against smoe_top3", "cartesian", "smoe_top3", 7.19, 7.40),
+    ("Cartesian against hash routing", "cartesian", "hash", 7.19, 7.47),
+    ("Cartesian against top-p routing", "cartesian", "top_p", 7.19, 7.41),
+    ("fine-grained against the paper's dense model", BASE, "dense_paper", 7.33, 8.55),
+    ("Cartesian against the paper's dense model", "cartesian", "dense_paper", 7.19, 8.55),
+    ("fine-grained against dense", BASE, "dense", None, None),
+    ("Cartesian against dense", "cartesian", "dense", None, None),
+    ("Cartesian against its experts side by side", "cartesian", "cartesian_parallel", None, None),
+    ("its shared expert against none", "cartesian", "cartesian_no_shared", 6.08, 6.15),
+)
+ROBUST = (  # the claim, the protocol of robustness, the two perplexities in the paper
+    ("robustness: first choices disabled", "top-1", 27.7, 3095),
+    ("robustness: a quarter of a token's experts disabled", "a quarter", None, None),
+    ("robustness: a half of a token's experts disabled", "a half", None, None),
+)
 
 
-def cartesian_rows(kinds: dict) -> list[tuple]:
-    """CartesianMoE's claims (arXiv 2410.16077) on TinyStories.
+def cartesian_rows() -> list[Row]:
+    """CartesianMoE's claims (arXiv 2410.16077) on TinyStories: perplexity, ours against theirs.
 
     Published: Pile, 100B tokens, base and large.
     """
-    rows = []
-    for name, claim, published in (
-        ("compare", "CartesianMoE: lower perplexity than fine-grained", "7.33 → 7.19: -1.9 %"),
-        ("second", "the same, at rates chosen after 2,500 steps", "-"),
-    ):
+    kinds, table = group_runs(stored_runs("compare"), 2500), []
+    for name, claim in CARTESIAN_TESTS.items():
         test = cartesian_test(name)
-        text = f"{test.effect}, {len(test.seeds)} pairs, {p_value(test.p)}"
-        rows.append((claim, published, text, test.verdict))
-    theirs = {"smoe_share": 7.37, "smoe_top3": 7.40, "hash": 7.47, "top_p": 7.41}
-    for name, published in theirs.items():
-        here = against(kinds, "cartesian", name)
-        rows.append((f"and than {name}", f"{published:.2f} → 7.19", *here))
-    for claim, published, ours, other in (
-        (
-            "a MoE beats dense of 0.66 (here 0.75) times its activated size",
-            "8.55 → 7.33",
-            BASE,
-            PAPER_DENSE,
-        ),
-        ("so does Cartesian", "8.55 → 7.19", "cartesian", PAPER_DENSE),
-        ("a MoE beats dense of its activated size", "-", BASE, "dense"),
-        ("so does Cartesian", "-", "cartesian", "dense"),
-        (COMPOSING, "-", "cartesian", "cartesian_parallel"),
-        ("its shared expert helps", "6.15 → 6.08", "cartesian", "cartesian_no_shared"),
-    ):
-        rows.append((claim, published, *against(kinds, ours, other)))
-    for claim, published, protocol in (
-        ("first choices disabled: far less is lost", "3095 → 27.7", "top-1"),
-        (EQUAL_LOSS.format("a quarter"), "-", "a quarter"),
-        (EQUAL_LOSS.format("a half"), "-", "a half"),
-    ):
-        before, after = level(kinds, BASE, protocol), level(kinds, "cartesian", protocol)
-        effect, verdict = against(kinds, "cartesian", BASE, protocol)
-        rows.append((claim, published, f"{before} → {after}: {effect}", verdict))
-    return rows
+        published = percent(7.19, 7.33) if name == "compare" else "-"
+        seeds = f"{len(test.seeds)} pairs"
+        here, p = test.effect.replace(" %", ""), p_value(test.p)
+        table.append(Row(claim, published, here, PERPLEXITY, p, seeds, test.verdict))
+    for claim, ours, theirs, low, high in LOWER:
+        effect = unpaired_effect(preset_losses(kinds, ours), preset_losses(kinds, theirs))
+        table.append(effect_row(claim, percent(low, high), effect))
+    for claim, protocol, low, high in ROBUST:
+        # Where routing goes wrong, runs of one seed are alike, and so make pairs.
+        losses = [preset_losses(kinds, preset, protocol) for preset in ("cartesian", BASE)]
+        table.append(effect_row(claim, percent(low, high), paired_effect(*losses)))
+    return table
+
+
+def percent(ours: float | None, theirs: float | None) -> str:
+    """A published difference of perplexities, in percent."""
+    if ours is None:
+        return "-"
+    return f"{100 * (ours / theirs - 1):+.1f} ({ours} against {theirs})"
+
+
+def effect_row(claim: str, published: str, effect) -> Row:
+    """An effect that was not declared."""
+    if effect is None:
+        return Row(claim, published, "not run", PERPLEXITY, "-", "-", "not run")
+    here = describe_effect(effect).partition(": ")[0].replace(" %", "")
+    says = verdict_of(effect.low, effect.high, -1)
+    seeds = effect.runs.removesuffix(" runs")
+    return Row(claim, published, here, PERPLEXITY, p_value(effect.p), seeds, says)
 
 
 def preset_losses(kinds: dict, preset: str, protocol: str | None = None) -> dict[int, float]:
@@ -261,24 +232,3 @@ def preset_losses(kinds: dict, preset: str, protocol: str | None = None) -> dict
     if protocol is None:
         return test_losses(seeds)
     return {seed: run["robustness"][protocol]["loss"] for seed, run in seeds.items()}
-
-
-def against(kinds: dict, preset: str, other: str, protocol=None) -> tuple[str, str]:
-    """The effect of a preset against another on perplexity, and what it says. Not declared.
-
-    Under a protocol of robustness runs of one seed are alike, and so make pairs.
-    """
-    ours = preset_losses(kinds, preset, protocol)
-    theirs = preset_losses(kinds, other, protocol)
-    effect = (paired_effect if protocol else unpaired_effect)(ours, theirs)
-    if effect is None:
-        return "not run", "not run"
-    text, _, verdict = describe_effect(effect).partition(": ")
-    verdict = {"lower": FOR, "higher": AGAINST}.get(verdict, verdict)
-    return f"{text}, {effect.runs}", verdict
-
-
-def level(kinds: dict, preset: str, protocol: str) -> str:
-    """A preset's mean perplexity under a protocol of robustness."""
-    losses = preset_losses(kinds, preset, protocol).values()
-    return f"{perplexity(sum(losses) / len(losses)):.1f}" if losses else "not run"

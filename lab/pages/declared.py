@@ -21,7 +21,7 @@ COMPARISONS = {  # results/NAME.jsonl -> level of significance, what is said of 
     "compare": (0.01, ""),
     "second": (0.005, ", at rates chosen after 2,500 steps"),
 }
-UNTOLD = "cannot be told here"
+UNTOLD = "inconclusive"
 
 
 class Test(NamedTuple):
@@ -83,11 +83,11 @@ def declared_table() -> str:
     text = DECLARED_HEAD + "|---|---|---|---|---|---|\n"
     for test in tests:
         seeds = f"{test.seeds[0]} to {test.seeds[-1]}"
-        cells = [test.claim, seeds, test.effect, p_value(test.p), f"p < {test.alpha}", test.verdict]
+        cells = [test.claim, seeds, test.effect, p_value(test.p), f"<{test.alpha}", test.verdict]
         text += f"| {' | '.join(cells)} |\n"
     return text
 
 
 def p_value(p: float) -> str:
     """A p-value, as people write it."""
-    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"

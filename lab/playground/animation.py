@@ -1,7 +1,8 @@
 """Ten steps of NGD as a moving picture: python -m lab.playground.animation
 
 Reads docs/playground.html, and writes docs/remix.gif: the first prompt of that page, its pathway,
-its answer, and the loss of its neighbours. The page itself is put together anew.
+its answer, and the loss of its neighbours; and results/example.txt, the same prompt in words. The
+page itself is put together anew.
 
 Letters in the shape comments:  S steps and the start    R routers    E experts
 """
@@ -19,10 +20,12 @@ from data import SkillsTask
 from lab.playground.page import assemble, data_of, model_of, references_of, unpacked
 from lab.tools import cli
 from lab.tools.figures import BLUE, GREY, INK, ORANGE
+from lab.tools.files import write
 from pathways import Tail
 from remix import RemixConfig, ngd, remix
 
 DOCS = Path(__file__).parents[2] / "docs"
+EXAMPLE = DOCS.parent / "results" / "example.txt"
 BETWEEN = 5  # frames from one step to the next
 MOVING, FIRST, LAST = 90, 2000, 4000  # milliseconds that a frame is shown
 GREEN, LIGHT = "#009E73", "#f6c99f"
@@ -32,6 +35,7 @@ class Walk(NamedTuple):
     """What NGD does with one prompt."""
 
     title: str
+    words: str  # what became of it
     pathways: np.ndarray  # (S, R, E)
     answers: np.ndarray  # (S, 16) the probability of each number
     losses: np.ndarray  # (S,) of the neighbours, in nats
@@ -64,6 +68,7 @@ def walk(data: dict) -> Walk:
     marker, a, b, cue = tokens[0].tolist()
     return Walk(
         f"In dialect {marker - task.NONE - 1}, what is cue {cue - task.FIRST_CUE} of {a} and {b}?",
+        result.explain(0, task.words),
         pathways.numpy(),
         answers.numpy(),
         result.losses[0].numpy(),
@@ -159,7 +164,7 @@ def save_animation(it: Walk, path: Path):
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [FIRST, *[MOVING] * (len(frames) - 2), LAST]
     options = {"append_images": frames[1:], "duration": durations, "loop": 0, "optimize": True}
-    frames[0].save(path, save_all=True, **options)
+    frames[0].save_animation(path, save_all=True, **options)
 
 
 def main(argv) -> int:
@@ -168,8 +173,10 @@ def main(argv) -> int:
     page, path = DOCS / "playground.html", DOCS / "remix.gif"
     data = data_of(page.read_text(encoding="utf-8"))
     page.write_text(assemble(data), encoding="utf-8")
-    save_animation(walk(data), path)
-    print(f"wrote {page.name} and {path.name}, {path.stat().st_size / 1e6:.2f} MB")
+    walked = walk(data)
+    save_animation(walked, path)
+    write(EXAMPLE, f"{walked.words}\n".encode())
+    print(f"wrote {page.name}, {EXAMPLE.name}, and {path.name}, {path.stat().st_size / 1e6:.2f} MB")
     return 0
 
 

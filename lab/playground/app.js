@@ -211,8 +211,8 @@ const GUIDES = {
     method: descent,
   },
   wrong: {
-    name: "a wrong answer (the oracle's null)",
-    note: "Can a pathway make the model say anything?",
+    name: "a wrong answer, drawn at random",
+    note: "Ten steps towards a wrong answer: can a pathway make the model say anything?",
     loss: () => answerLoss(model, state.tokens, state.wrong),
     method: descent,
   },

@@ -6,17 +6,33 @@ Each returns its figure, and writes it to a path where one is given.
 from pathlib import Path
 
 import numpy as np
+from matplotlib.patches import Rectangle
 
 from lab.remixing.reach import RIGHT, WRONG
 from lab.remixing.tables import WRONG_LABEL
 from lab.tools.figures import BLUE, GREY, INK, ORANGE, figure, save_figure
 from lab.tools.statistics import with_interval
 
-METHOD_COLOURS = {
-    "mode finding": ORANGE,
-    "kernel regression": ORANGE,
-    "NGD": ORANGE,
-    "oracle": GREY,
+GREEN, VIOLET = "#009E73", "#CC79A7"
+METHOD_GROUPS = {  # what methods are -> colour, methods; all others are rivals
+    "C3PO": (ORANGE, ("NGD", "kernel regression", "mode finding")),
+    "our own: with references answered wrong, corrections": (
+        GREEN,
+        ("unfiltered tuned", "unfiltered", "corrections", "mended pathways"),
+    ),
+    "rivals": (BLUE, ()),
+    "controls: random or shuffled": (
+        VIOLET,
+        ("random neighbours", "shuffled labels", "shuffled corrections"),
+    ),
+    "sees the label": (GREY, ("oracle",)),
+}
+PAPER_SETTINGS = {  # settings of the paper, where the sweep has them
+    "steps": "10",
+    "neighbours": "3",
+    "kernel": "gaussian",
+    "token": "last",
+    "what is moved, by which step": "raw plain 0.01",
 }
 POINT = {"marker": "o", "markersize": 3}
 FEWEST_TARGETS = 10  # a point of the matched null stands for so many targets at least
@@ -27,58 +43,67 @@ def contest_figures(result: dict, stem: str) -> list[Path]:
     """The figures of a contest: accuracy by method; a pathway before and after. stem: the paths
     begin with it."""
     paths = [Path(f"{stem}{end}.png") for end in ("", "-pathway")]
-    methods_figure(result["rows"], f"Accuracy by method: {result['title']}", paths[0])
+    methods_figure(result["rows"], result["title"], paths[0])
 
     example = result["example"]
     before, after = example["right"]
-    tokens = " ".join(str(token) for token in example["tokens"])
-    text = f"The prompt that NGD helps most (tokens {tokens}): "
-    text += f"P(right answer) goes from {before:.0%} to {after:.0%}"
+    text = f"The prompt that NGD helps most: {example.get('words') or example['tokens']}\n"
+    text += f"The right answer's probability goes from {before:.0%} to {after:.0%}"
     shown = list(example["panels"].items())[:3]  # of the neighbours only the nearest
     pathways = {name: np.array(rows) for name, rows in shown}
-    pathway_figure(pathways, example["rows"], text, paths[1])
+    pathway_figure(pathways, example["rows"], text, paths[1], example.get("top_k"))
     return paths
 
 
-def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
-    """Accuracy by method, with the interval of the gain. WRONG_LABEL is left out."""
-    names = [name for name in rows if name != WRONG_LABEL]
-    fig, ax = figure(7.5, 1.2 + 0.27 * len(names))
-    base = 100 * rows["base"]["accuracy"]
-    heights = range(len(names))[::-1]
-    for height, name in zip(heights, names, strict=True):
-        colour = METHOD_COLOURS.get(name, BLUE)
-        row = rows[name]
-        low = base + 100 * row["low"]
-        high = min(base + 100 * row["high"], 100)
-        accuracy = 100 * row["accuracy"]
-        ax.plot([low, high], [height, height], color=colour, linewidth=2)
-        ax.plot(accuracy, height, "o", color=colour, markersize=5)
-        ax.annotate(
-            f"{accuracy:.1f}",
-            (1.01, height),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-        )
-    ax.axvline(base, color=INK, linewidth=1, linestyle=":", label="the model as it is")
+def grouped(names) -> list[tuple[str, str, list[str]]]:
+    """The methods in the order of METHOD_GROUPS -> group, colour, its methods."""
+    known = [name for _, methods in METHOD_GROUPS.values() for name in methods]
+    groups = []
+    for group, (colour, methods) in METHOD_GROUPS.items():
+        if group == "rivals":
+            methods = [name for name in names if name not in known]
+        groups.append((group, colour, [name for name in methods if name in names]))
+    return [group for group in groups if group[2]]
 
-    # The legend: points without a place.
-    labels = ("C3PO", "controls and rivals", "the oracle: sees the label")
-    for label, colour in zip(labels, (ORANGE, BLUE, GREY), strict=True):
-        ax.plot([], [], "o", color=colour, markersize=5, label=label)
-    ax.legend(
-        fontsize=8,
-        frameon=False,
-        borderpad=0,
-        handletextpad=0,
-        loc="lower left",
-        bbox_to_anchor=(0, 1.04),
-        ncols=4,
-    )
-    ax.set(yticks=list(heights), yticklabels=names)
-    ax.set_xlabel("accuracy (%), with the 95 % interval of the gain over base")
-    fig.suptitle(title, color=INK, fontsize=10)
+
+def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
+    """Accuracy by method, in groups, the best of each on top, with the interval of the gain.
+    WRONG_LABEL is left out."""
+    names = [name for name in rows if name not in ("base", WRONG_LABEL)]
+    groups = grouped(names)
+    fig, ax = figure(8.4, 1.5 + 0.24 * (len(names) + len(groups)))
+    base = 100 * rows["base"]["accuracy"]
+    ax.axvline(base, color=INK, linewidth=1, linestyle=":")
+    height, ticks = 0, {}
+    for group, colour, methods in groups:
+        ax.text(
+            0,
+            height,
+            group,
+            color=colour,
+            fontsize=9,
+            weight="bold",
+            va="center",
+            transform=ax.get_yaxis_transform(),
+        )
+        height += 1
+        for name in sorted(methods, key=lambda name: -rows[name]["accuracy"]):
+            row, accuracy = rows[name], 100 * rows[name]["accuracy"]
+            ends = [base + 100 * row["low"], min(base + 100 * row["high"], 100)]
+            ax.plot(ends, [height, height], color=colour, linewidth=2)
+            ax.plot(accuracy, height, "o", color=colour, markersize=5)
+            beside = (1.01, height)
+            place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8}
+            ax.annotate(f"{accuracy:.1f}", beside, **place)
+            ticks[height] = name
+            height += 1
+    ax.set_yticks(list(ticks), list(ticks.values()))
+    ax.set(ylim=(height - 0.4, -0.7))
+    ax.set_xlabel("right answers (%), with the 95 % interval of the gain; right is better")
+    message = f"the model as it is (dotted) answers {base:.1f} % right"
+    if "NGD" in rows:
+        message += f", with NGD {100 * rows['NGD']['accuracy']:.1f} %"
+    fig.suptitle(f"{title}: {message}", color=INK, fontsize=11)
     return save_figure(fig, path)
 
 
@@ -164,23 +189,40 @@ def pathway_figure(
     rows: list[str],
     title: str,
     path: Path | None = None,
+    top_k: int | None = None,
 ):
-    """Pathways (R, E), routers by experts, side by side; of several tokens, one below the other.
+    """Pathways (R, E), routers by experts, side by side, the first layer at the bottom; of several
+    tokens, one above the other.
 
-    rows: the names of the routers."""
+    rows: the names of the routers. top_k: frame what is visited, blue where the first pathway
+    does not visit it."""
     R, E = next(iter(pathways.values())).shape
     n = len(pathways)
-    fig, axes = figure(1.0 + 2.3 * n, 1.5 + 0.22 * R, ncols=n, squeeze=False)
+    fig, axes = figure(1.0 + 2.4 * n, 1.8 + 0.26 * R, ncols=n, squeeze=False)
     largest = 100 * max(pathway.max() for pathway in pathways.values())
     step = -(-E // 8)  # at most eight ticks
+    first = visited_experts(next(iter(pathways.values())), top_k or 0)
     for ax, (name, pathway) in zip(axes[0], pathways.items(), strict=True):
-        image = ax.imshow(100 * pathway, cmap="magma_r", vmin=0, vmax=largest, aspect="auto")
+        look = {"cmap": "Greys", "vmin": 0, "vmax": largest, "aspect": "auto", "origin": "lower"}
+        image = ax.imshow(100 * pathway, **look)
+        for r, e in sorted(visited_experts(pathway, top_k or 0)):
+            colour = ORANGE if (r, e) in first else BLUE
+            box = {"fill": False, "edgecolor": colour, "linewidth": 1.8}
+            ax.add_patch(Rectangle((e - 0.42, r - 0.42), 0.84, 0.84, **box))
         ax.set(xlabel="expert", xticks=range(0, E, step), yticks=range(R), yticklabels=[])
-        ax.set_title(name, fontsize=9)
+        ax.set_title(name, fontsize=10)
     axes[0, 0].set_yticklabels(rows * (R // len(rows)))
     fig.colorbar(image, ax=axes[0, :], label="weight (%)", pad=0.01)
+    if top_k:
+        title += "\nframed: the experts that it visits; blue: those that its own pathway does not"
     fig.suptitle(title, color=INK, fontsize=10)
     return save_figure(fig, path)
+
+
+def visited_experts(pathway: np.ndarray, top_k: int) -> set[tuple[int, int]]:
+    """The experts that a pathway (R, E) visits: pairs of row and expert."""
+    best = np.argsort(-pathway, axis=1)[:, :top_k]
+    return {(r, int(e)) for r, row in enumerate(best) for e in row}
 
 
 def example_figure(
@@ -223,7 +265,9 @@ def example_figure(
 
 
 def sweeps_figure(sweeps: dict[str, dict], title: str, path: Path | None = None):
-    """The gain of NGD with one setting varied at a time, a panel each, with 95 % intervals."""
+    """The gain of NGD with one setting varied at a time, a panel each, with 95 % intervals.
+
+    Orange: the setting that NGD has here, which changes nothing; ringed: the paper's."""
     n_rows = -(-len(sweeps) // 3)
     fig, axes = figure(9.5, 2.7 * n_rows, nrows=n_rows, ncols=3, sharey=True)
     for ax in axes.flat[len(sweeps) :]:
@@ -233,8 +277,12 @@ def sweeps_figure(sweeps: dict[str, dict], title: str, path: Path | None = None)
         for place, row in zip(places, rows.values(), strict=True):
             interval = [100 * row["low"], 100 * row["high"]]
             ax.plot([place, place], interval, color=BLUE, linewidth=2)
-        gains = [100 * row["gain"] for row in rows.values()]
-        ax.plot(places, gains, "o", color=BLUE, markersize=4)
+        for place, (value, row) in zip(places, rows.items(), strict=True):
+            own = row["change"]["low"] == row["change"]["high"] == 0
+            ax.plot(place, 100 * row["gain"], "o", color=ORANGE if own else BLUE, markersize=5)
+            if value == PAPER_SETTINGS.get(what):
+                ring = {"color": INK, "fillstyle": "none", "markersize": 11}
+                ax.plot(place, 100 * row["gain"], "o", **ring)
         ax.axhline(0, color=INK, linewidth=1, linestyle=":")
         ax.set_xticks(places, list(rows), fontsize=7)
         if max(len(value) for value in rows) > 4:  # long labels
@@ -242,5 +290,6 @@ def sweeps_figure(sweeps: dict[str, dict], title: str, path: Path | None = None)
         ax.set_title(what, fontsize=9, color=INK)
     for ax in axes[:, 0]:
         ax.set_ylabel("gain over base (points)", fontsize=8)
-    fig.suptitle(title, color=INK)
+    legend = "orange: NGD as it is here; ringed: the paper's setting"
+    fig.suptitle(f"{title}\n{legend}", color=INK)
     return save_figure(fig, path)

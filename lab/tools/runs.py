@@ -91,12 +91,13 @@ def weights_of(state: dict) -> dict:
 
 
 @undisturbed()
-def load_run(folder: Path, router: type | None = None):
+def load_run(folder: Path | str, router: type | None = None):
     """Open a run -> its model in evaluation mode, and the settings of its training.
 
     router: the class of the run's routers, for a run that was trained with one of your own.
     ValueError where the folder holds no run, where it does not fit, or where the router is missing.
     """
+    folder = Path(folder)
     settings, weights = read_last_save(folder)
     train = settings["train"]
     train.setdefault("content", {})  # earlier versions do not say what a run was made of

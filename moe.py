@@ -508,10 +508,14 @@ class Block(nn.Module):
 
     def forward(self, x, flow: Flow):
         """x (B, T, D) -> (B, T, D)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), flow))
+        x = self.attend(x, flow)
         for norm, ffn in zip(self.ffn_norms, self.ffns, strict=True):
             x = x + self.dropout(ffn(norm(x), flow))
         return x
+
+    def attend(self, x, flow: Flow):
+        """The first sub-layer alone. It leaves the block's keys and values in the cache."""
+        return x + self.dropout(self.attention(self.attention_norm(x), flow))
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -624,6 +628,7 @@ class MoETransformer(nn.Module):
         last=None,
         imposed=None,
         write=True,
+        only_cache=False,
         routing=None,
         tokens=None,
     ):
@@ -633,6 +638,8 @@ class MoETransformer(nn.Module):
         cache: earlier tokens, of the same blocks. New tokens join them, unless write=False.
         imposed: a pathway to impose. On one token, with first=l, a cache and write=False, this is
             one step of C3PO (remix.py).
+        only_cache: keys and values are all that is wanted, so that no expert of the model's last
+            block is asked.
         routing: a list that collects a Routing from every router on the way.
         tokens: the ids (B, T) behind x, for which only routing by token asks.
         Raises ValueError for more tokens than the context, padding on the left, a pathway that
@@ -670,7 +677,8 @@ class MoETransformer(nn.Module):
             tokens=tokens,
         )
         for block in self.blocks[first:last]:
-            x = block(x, flow)
+            half = only_cache and block is self.blocks[-1]
+            x = block.attend(x, flow) if half else block(x, flow)
         if cache is not None and write:
             cache.valid = seen
         return x

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from lab.tools import processes
 from lab.tools.checks import progress, require, torch_defaults
@@ -23,7 +22,7 @@ from lab.tools.files import digest, read_tensors, write_tensors
 from moe import unwrapped
 from pathways.checks import require_labels, require_references, require_routers
 from pathways.prompts import best_token, by_length, padded, trimmed
-from pathways.tail import Prefix, Tail, frozen
+from pathways.tail import Prefix, Tail, frozen, joined_prefix
 
 KEEP_SECONDS = 120  # between two copies of what has been read so far
 OURS = ("torch", "moe", "cartesian", "lab")  # modules whose classes follow from a model's config
@@ -236,12 +235,7 @@ class Prefixes:
             _, oldest = self.kept.popitem(last=False)
             self.size -= n_bytes(oldest)
 
-        rows = [needed[i] for i in index]
-        columns = zip(*rows, strict=True)  # five times M tensors
-        x, valid, keys, values, past = (
-            pad_sequence(column, batch_first=True) for column in columns
-        )
-        return Prefix(x, valid, by_layer(keys), by_layer(values), past)
+        return joined_prefix([needed[i] for i in index])
 
     def make(self, missing: list[int]) -> dict:
         """The prefixes of references that are not kept."""
@@ -262,11 +256,6 @@ class Prefixes:
             self.size += n_bytes(prefix)
         self.kept[i] = prefix
         self.kept.move_to_end(i)
-
-
-def by_layer(tensor):
-    """Keys or values (n, S, L, G, C), with those of a layer together in memory: it is faster."""
-    return tensor.permute(2, 0, 3, 1, 4).contiguous().permute(1, 3, 0, 2, 4)
 
 
 def without_padding(row) -> list[torch.Tensor]:

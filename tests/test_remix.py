@@ -524,6 +524,21 @@ def test_kept_prefixes():
     assert prefixes.size == len(prefixes.kept) == 0
 
 
+@pytest.mark.parametrize("token", ["last", "middle", "all"])
+def test_prefixes_of_many_tokens_are_made_in_portions(token, monkeypatch):
+    """Portions of alike lengths, padded together, are what one pass makes."""
+    model, _, references = world(token=token)
+    tail = Tail(model, [1], token)
+    lengths = references.lengths.clone()
+    lengths[::2] -= 1
+    whole = tail.cut(references.tokens, lengths)
+    monkeypatch.setattr("pathways.tail.MOST_TOKENS", 7)
+    monkeypatch.setattr("pathways.prompts.MOST_TOKENS", 7)
+    parts = tail.cut(references.tokens, lengths)
+    assert torch.equal(parts.valid, whole.valid) and torch.equal(parts.past, whole.past)
+    close(tail.own(parts), tail.own(whole))
+
+
 def test_prefixes_stay_with_their_references():
     """A second call finds them; other layers, and changed references, do not."""
     model, asked, references = world()

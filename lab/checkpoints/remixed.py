@@ -203,7 +203,7 @@ def problems_digest(problems: Problems) -> str:
 
 def paper_settings(model) -> dict:
     """The paper's for OLMoE: five critical layers, 20 core experts, where there are so many."""
-    settings = {"embedding": "tfidf", "batch": 32}  # a step reads most experts, for any batch
+    settings = {"embedding": "tfidf"}
     if model.config.n_layers - len(model.config.dense_layers) >= 5:
         settings["layers"] = "last:5"
     if model.config.n_experts >= 20:

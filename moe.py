@@ -315,18 +315,25 @@ class MoE(nn.Module):
         return y.view(x.shape)  # (N, D) -> (B, T, D)
 
 
-def router_losses(routing: Routing, share):
+def expert_load(routing: Routing, share):
+    """The share of the visits of N tokens that goes to each expert (E,); share: see below."""
+    visits = torch.zeros_like(routing.probs).scatter_(1, routing.experts, 1.0)  # (N, E), 0 or 1
+    return share @ (visits / visits.sum(1, keepdim=True))  # (E,)
+
+
+def router_losses(routing: Routing, share, load=None):
     """Balance loss and z-loss of one router.
 
     share (N,): each token's share in the means, 0 at padding, of sum 1.
+    load (E,): f_e, where it is known from more tokens than these.
     Balance (Switch Transformer, arXiv 2101.03961, eq. 4): E * sum_e f_e * P_e, where f_e is the
     mean share of a token's visits that go to expert e, and P_e its mean probability. In our
     convention 1.0 is balanced, for any k.
     z (ST-MoE, arXiv 2202.08906, eq. 5): the mean of logsumexp(logits)^2; it keeps logits small.
     """
     n_experts = routing.probs.shape[1]
-    visits = torch.zeros_like(routing.probs).scatter_(1, routing.experts, 1.0)  # (N, E), 0 or 1
-    load = share @ (visits / visits.sum(1, keepdim=True))  # (E,)
+    if load is None:
+        load = expert_load(routing, share)  # (E,)
     mean_probs = share @ routing.probs  # (E,)
     balance = n_experts * (load * mean_probs).sum()
     z = share @ routing.logits.logsumexp(-1).square()

@@ -4,12 +4,14 @@ python train_toy.py                        the skills-and-dialects task
 python train_toy.py --data-file story.txt  a text of your own, in the tokens of our tokenizer
 python train_toy.py --router FILE:CLASS    a routing rule of your own, a subclass of moe.Router
 python train_toy.py --help                 every flag: the fields of TrainConfig and MoEConfig
+torchrun --nproc_per_node=2 train_toy.py   two processes, each with a half of every batch
 """
 
 import math
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from lab.composing.presets import build_model
 from lab.remixing.contest import taste_of_remixing
 from lab.scores.evaluation import final_scores, router_names
 from lab.scores.specialisation import specialisation
-from lab.tools import cli, figures, report, runs
+from lab.tools import cli, figures, processes, report, runs
 from lab.tools.checks import require_inputs, require_tokens, undisturbed
 from lab.tools.files import as_json, owned_folder, write
 from lab.tools.memory import require_memory
@@ -35,7 +37,7 @@ from lab.tools.settings import (
     resumed_settings,
 )
 from lab.tools.statistics import scipy_stats
-from moe import MoEConfig, Router, require
+from moe import IGNORE, MoEConfig, Router, expert_load, require, router_losses
 
 # ------------------------------------------------------------------------------------------- runs
 
@@ -56,6 +58,9 @@ def main(argv=None) -> int:
         scipy_stats()  # for the intervals at the end: better missed now than then
     train.threads = train.threads or torch.get_num_threads()
     torch.set_num_threads(train.threads)
+    processes.join()
+    fault = f"{processes.count()} processes, but {train.batch} sequences in a step"
+    require(processes.count() <= train.batch, f"{fault}: each needs one at least")
 
     # Train every seed, and its twin.
     models = ("moe", "dense") if train.twin else (train.model,)
@@ -79,25 +84,29 @@ def train_run(train: TrainConfig, sizes: MoEConfig, single: bool) -> dict | None
     """One run of one seed -> its scores, or None if it was interrupted.
 
     single: it is the only run, and so its folder has the name that --out gives.
+    Of several processes the first one writes, scores and reports.
     """
+    first = processes.rank() == 0
     settings = asdict(train)
     if train.resume:
         saved = runs.read_settings(Path(train.resume))["train"]
         settings["content"] = saved.get("content", {})
-    task = load_task(settings, sizes.context)
+    with processes.first_one_first():
+        task = load_task(settings, sizes.context)
     length = task.batch(0, 1)[0].shape[1]
     sizes = replace(sizes, vocab_size=task.vocab_size)
     require_memory(sizes, pick_device(train.device), train.batch, length)
     model, optimizer = start(train, sizes, task)
-    folder = folder_of(train, single)
-    with owned_folder(folder):
-        if not train.resume:
+    folder = processes.gathered(folder_of(train, single) if first else None)[0]
+    with owned_folder(folder) if first else nullcontext():
+        if not train.resume and first:
             require_no_run(folder)
         print(report.describe_run(train, model, task, folder), end="\n\n")
         try:
             finished, log = train_loop(model, optimizer, task, train, folder)
             if finished:
-                return finish(model, task, train, folder, log, single)
+                arguments = model, task, train, folder, log, single
+                return processes.gathered(finish(*arguments) if first else None)[0]
         except KeyboardInterrupt:
             print("\ninterrupted")
         if (folder / "state.safetensors").exists():
@@ -127,7 +136,7 @@ def finish(model, task: Task, train: TrainConfig, folder: Path, log, single: boo
     samples = task.sample(model)
     if samples:
         print(f"\nthree samples:\n\n{samples}")
-    if train.taste and single and model.routers():
+    if train.taste and single and model.routers() and processes.count() == 1:
         router = type(model.routers()[0]) if train.router else None
         print("\n" + taste_of_remixing(folder, router=router))
     seconds = log[-1]["seconds"]
@@ -174,7 +183,8 @@ def train_loop(model, optimizer, task: Task, train: TrainConfig, folder: Path):
         first, log, losses = runs.resume(folder, model, optimizer)
     forward = make_forward(model, train)
     begun = time.perf_counter() - (log[-1]["seconds"] if log else 0.0)
-    options = {"unit": "step", "desc": f"seed {train.seed}", "leave": False, "disable": None}
+    options = {"unit": "step", "desc": f"seed {train.seed}", "leave": False}
+    options["disable"] = None if processes.rank() == 0 else True  # None: unless on a terminal
     bar = tqdm(total=train.steps, initial=first, **options)
 
     def evaluate(step):
@@ -187,9 +197,13 @@ def train_loop(model, optimizer, task: Task, train: TrainConfig, folder: Path):
         log.append(line)
         bar.write(report.log_row(log))
 
+    def save(step):
+        if processes.rank() == 0:
+            runs.save_run(folder, model, optimizer, step, settings, log, losses)
+
     if not log:
         evaluate(0)
-        runs.save_run(folder, model, optimizer, 0, settings, log, losses)
+        save(0)
     with bar, cli.Interrupt() as interrupt:
         for step in range(first, train.steps):
             loss = update(forward, model, optimizer, task, train, step)
@@ -205,9 +219,10 @@ def train_loop(model, optimizer, task: Task, train: TrainConfig, folder: Path):
             due = done % train.eval_every == 0 or done == train.steps
             if due:
                 evaluate(done)
-            if due or interrupt.asked:
-                runs.save_run(folder, model, optimizer, done, settings, log, losses)
-            if interrupt.asked and done < train.steps:
+            asked = any(processes.gathered(interrupt.asked))
+            if due or asked:
+                save(done)
+            if asked and done < train.steps:
                 return False, log
     return True, log
 
@@ -216,15 +231,21 @@ def update(forward, model, optimizer, task: Task, train: TrainConfig, step: int)
     """One optimiser step on the batch of this step -> the pure cross-entropy.
 
     forward(tokens, targets) -> Output: the model, or what `make_forward` made of it. If the result
-    is not finite, no weight was changed.
+    is not finite, no weight was changed. Of several processes each passes a part of the batch.
     """
     device = next(model.parameters()).device
     tokens, targets = task.batch(step, train.batch)
     number = train.seed * 1_000_003 + step  # dropout is a function of (seed, step), too
-    torch.manual_seed(number % 2**63)
-    out = forward(tokens.to(device), targets.to(device))
-    total = out.loss + train.balance * out.balance_loss + train.z * out.z_loss
+    torch.manual_seed((number + 7919 * processes.rank()) % 2**63)
+    passed = pass_batch if processes.count() == 1 else pass_part
+    loss, balance, z = passed(forward, tokens.to(device), targets.to(device))
+    total = loss + train.balance * balance + train.z * z
     total.backward()
+
+    # From here on all processes do the same.
+    loss = loss.detach()
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    processes.add_up([loss, *gradients])
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip)
     if not norm.isfinite():
         return math.nan
@@ -232,7 +253,36 @@ def update(forward, model, optimizer, task: Task, train: TrainConfig, step: int)
         group["lr"] = train.lr * schedule(step, train)
     optimizer.step()
     optimizer.zero_grad()
-    return out.loss.item()
+    return loss.item()
+
+
+def pass_batch(forward, tokens, targets) -> tuple:
+    """The losses of a batch: cross-entropy, balance and z."""
+    out = forward(tokens, targets)
+    return out.loss, out.balance_loss, out.z_loss
+
+
+def pass_part(forward, tokens, targets) -> tuple:
+    """What `pass_batch` returns, as a sum over processes: the addends of this one.
+
+    They pass every n-th sequence each.
+    """
+    part = slice(processes.rank(), None, processes.count())
+    out = forward(tokens[part], targets[part])
+    counted = targets != IGNORE
+    loss = out.loss * (counted[part].sum() / counted.sum())
+    if not out.routing:
+        return loss, 0.0, 0.0
+
+    # The balance loss is a product of two means over the batch. One of them, the load, has no
+    # gradient, and is added up beforehand.
+    share = torch.full((tokens[part].numel(),), 1 / tokens.numel(), device=tokens.device)
+    loads = [expert_load(routing, share) for routing in out.routing]
+    processes.add_up(loads)
+    pairs = zip(out.routing, loads, strict=True)
+    losses = [router_losses(routing, share, load) for routing, load in pairs]
+    balance, z = (sum(each) / len(losses) for each in zip(*losses, strict=True))
+    return loss, balance, z
 
 
 def schedule(step: int, train: TrainConfig) -> float:
@@ -277,7 +327,7 @@ def pick_device(name: str) -> torch.device:
         name = available[0]
     fault = f"--device {name}: this machine (or this build of torch) has none"
     require(name in available, f"{fault}; found: {', '.join(available)}")
-    return torch.device(name)
+    return torch.device(processes.device_of(name))
 
 
 if __name__ == "__main__":

@@ -340,3 +340,58 @@ def test_compiled_in_one_piece(dtype, monkeypatch):
     close(*results, 1e-6 if dtype == "float32" else 1e-2)
     with refused("the vocabulary goes from 0 to"):
         forward(tokens + 99, targets)
+
+
+# Trains; the second of two processes ends at once where a file says so, at the fourth step.
+PROGRAM = """
+import os
+from pathlib import Path
+
+import train_toy
+from lab.tools import cli
+
+update = train_toy.update
+
+
+def mortal(*args):
+    if args[-1] == 3 and os.environ.get("RANK") == "1" and Path("end").exists():
+        os._exit(1)
+    return update(*args)
+
+
+train_toy.update = mortal
+cli.program(train_toy.main)
+"""
+
+
+@pytest.mark.full
+def test_two_processes(run_program, tmp_path, monkeypatch):
+    """Two processes with a half of every batch: one run, the losses of a single process.
+
+    Where one ends the other one does, too, and says so; a single process goes on with their run.
+    """
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    sizes = "--d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
+    settings = f"{sizes} --no-taste --steps 6 --batch 7 --eval-every 2 --balance 1 --z 0.1"
+
+    def losses(folder):
+        lines = read_log(folder)
+        return torch.tensor([[line["train_loss"] or 0, line["dev"]["loss"]] for line in lines])
+
+    run_program(program, [*settings.split(), "--out", "alone"])
+    printed = run_program(program, [*settings.split(), "--out", "two"], 2)
+    assert printed.count("wrote ") == 1
+    assert {path.name for path in Path("two").iterdir()} == {
+        path.name for path in Path("alone").iterdir()
+    }
+    close(losses("two"), losses("alone"), 1e-5)
+
+    # One of them ends.
+    Path("end").touch()
+    with pytest.raises(AssertionError, match="another process has ended"):
+        run_program(program, [*settings.split(), "--out", "cut"], 2)
+    assert [line["step"] for line in read_log("cut")] == [0, 2]
+    run_program(program, ["--resume", "cut", "--no-taste"])
+    close(losses("cut"), losses("alone"), 1e-5)

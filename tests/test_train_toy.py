@@ -248,7 +248,7 @@ def test_presets_on_the_skills_task():
     model, _ = train_toy.start(TrainConfig(preset="cartesian"), sizes, SkillsTask())
     assert model.n_params() == pytest.approx(default.n_params(), rel=0.01)
     with pytest.raises(cli.Usage, match="every preset fits") as error:
-        new_settings({"preset": "hash"})
+        new_settings({"preset": "smoe_top3"})
     words = str(error.value).partition("fits ")[2].split()
     names = [word.removeprefix("--").replace("-", "_") for word in words[::2]]
     flags = dict(zip(names, map(int, words[1::2]), strict=True))

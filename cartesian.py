@@ -10,8 +10,8 @@ the size. A token that visits A_i and then B_j has passed through the *composed 
 With N experts in each there are N * N of them; all those with the same A_i share what A_i knows.
 
 The paper compares it with fine-grained experts and with ordinary ones, at equal parameters: three
-presets say which sizes that means. `python cartesian.py` counts their parameters. All other
-variants (hash, top-p, parallel, chain, ...) are in lab/composing/.
+presets say which sizes that means. All other variants (hash, top-p, parallel, chain, ...) are in
+lab/composing/; `python -m lab.composing.presets` counts the parameters of all.
 """
 
 from dataclasses import dataclass, replace
@@ -112,13 +112,6 @@ def cartesian(base: MoEConfig, n_visits: int | None = None) -> CartesianConfig:
     return CartesianConfig(**vars(base) | changes)
 
 
-PRESETS = {
-    "smoe_share": smoe_share,
-    "fine_grained": fine_grained,
-    "cartesian": cartesian,
-}
-
-
 def count_parameters(config: MoEConfig, model_class: type | None = None) -> tuple[int, int]:
     """Parameters in all, and those that one token activates. Nothing is allocated.
 
@@ -133,18 +126,3 @@ def count_parameters(config: MoEConfig, model_class: type | None = None) -> tupl
     with torch.device("meta"):
         model = model_class(config)
     return model.n_params(), model.n_params(activated=True)
-
-
-def main():
-    """Print the parameters of the three presets, at the toy's sizes and at the paper's."""
-    for sizes in (TOY, PAPER):
-        base = MoEConfig(**sizes)
-        print(f"\n{base.n_layers} layers of width {base.d_model}")
-        print(f"{'preset':16}{'parameters':>14}{'activated':>14}")
-        for name, preset in PRESETS.items():
-            total, activated = count_parameters(preset(base))
-            print(f"{name:16}{total:14,}{activated:14,}")
-
-
-if __name__ == "__main__":
-    main()

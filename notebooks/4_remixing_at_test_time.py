@@ -28,7 +28,7 @@ from IPython.display import display
 from data import SKILLS, Prompts, SkillsTask
 from lab.remixing.arena import Arena
 from lab.remixing.contest import compete, mistake_shares, pooled, subset_masks
-from lab.remixing.figures import example_figure, methods_figure, pathway_figure, reach_figure
+from lab.remixing.figures import methods_figure, pathway_figure, reach_figure
 from lab.remixing.knowledge import LEVELS, variances
 from lab.remixing.reach import measure_reach, reach_table, targets_of
 from lab.remixing.tables import main_table, mistakes_table
@@ -409,7 +409,7 @@ losses = {"this prompt": result.losses[i], "mean of all 200": result.losses.mean
 answers = {"before": before[i, : task.N].numpy(), "after NGD": after[i, : task.N].numpy()}
 marks = {int(asked.other[i]): "the other\nreading", int(asked.labels[i]): "right"}
 text, *_ = describe(asked, i).split(";")
-display(example_figure(losses, answers, marks, f"What ten steps do to one prompt: {text}"))
+display(pictures.ten_steps(losses, answers, marks, f"What ten steps do to one prompt: {text}"))
 
 panels = {"before": result.pathway_before[i], "after NGD": result.pathway[i]}
 for number, j in enumerate(index, 1):

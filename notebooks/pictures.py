@@ -430,6 +430,44 @@ def places_to_change():
     return fig
 
 
+def ten_steps(
+    losses: dict[str, np.ndarray],
+    answers: dict[str, np.ndarray],
+    marks: dict[int, str],
+    title: str,
+):
+    """Losses by the steps of an optimiser, and the probabilities of all answers along two pathways.
+
+    marks: answer -> a word on it."""
+    fig, (left, right) = figure(9, 3.2, ncols=2, width_ratios=[1, 1.5])
+    for (name, values), colour in zip(losses.items(), (ORANGE, GREY), strict=True):
+        left.plot(values, color=colour, label=name, marker="o", markersize=3)
+    left.set(xlabel="step", ylabel="neighbours' loss (nats)", ylim=(0, None))
+    left.legend(fontsize=8, frameon=False)
+
+    styles = ((-0.2, BLUE), (0.2, ORANGE))
+    for (name, shares), (side, colour) in zip(answers.items(), styles, strict=True):
+        places = np.arange(len(shares)) + side
+        right.bar(places, 100 * shares, color=colour, width=0.4, label=name)
+    for answer, text in marks.items():
+        top = 100 * max(shares[answer] for shares in answers.values())
+        right.annotate(
+            text,
+            (answer, top),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+        )
+    right.set(xlabel="answer", ylabel="probability (%)", xticks=range(len(shares)))
+    right.margins(y=0.2)
+    right.legend(fontsize=8, frameon=False)
+    fig.suptitle(title, color=INK, fontsize=10)
+    return fig
+
+
 # ---- training
 
 

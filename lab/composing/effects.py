@@ -66,7 +66,7 @@ class Effect(NamedTuple):
     """How much higher one perplexity is than another, in percent."""
 
     middle: float
-    low: float  # the ends of its 95 % interval
+    low: float  # the ends of its 95 % interval; high is infinite where runs are too few for one
     high: float
     p: float  # of its t-test, two-sided
     each: list[float]  # the effect of each pair or run
@@ -89,7 +89,7 @@ def paired_effect(ours: dict[int, float], theirs: dict[int, float]) -> Effect | 
     gaps = np.subtract(a, b)
     words = "one pair" if len(seeds) == 1 else f"{len(seeds)} pairs"
     if len(seeds) < FEWEST_RUNS:
-        return few_runs(gaps, words)
+        return in_percent(np.mean(gaps), math.inf, 1.0, gaps, words)
     mean, half = statistics.interval(gaps)
     return in_percent(mean, half, statistics.paired(a, b), gaps, words)
 
@@ -105,15 +105,9 @@ def unpaired_effect(ours: dict[int, float], theirs: dict[int, float]) -> Effect 
     gaps = np.array(a) - np.mean(b)
     words = f"{len(a)} and {len(b)} runs"
     if min(len(a), len(b)) < FEWEST_RUNS:
-        return few_runs(gaps, words)
+        return in_percent(np.mean(gaps), math.inf, 1.0, gaps, words)
     mean, half, p = statistics.welch(a, b)
     return in_percent(mean, half, p, gaps, words)
-
-
-def few_runs(gaps, words: str) -> Effect:
-    """An effect without an interval, from differences of losses in nats."""
-    each = [percent(gap) for gap in gaps]
-    return Effect(percent(np.mean(gaps)), -math.inf, math.inf, 1.0, each, words)
 
 
 def in_percent(mean: float, half: float, p: float, gaps, words: str) -> Effect:
@@ -131,7 +125,7 @@ def describe_effect(effect: Effect | None) -> str:
     """An effect, its interval, and what that allows to say; empty where there is none."""
     if effect is None:
         return ""
-    if math.isinf(effect.low):
+    if math.isinf(effect.high):
         return " and ".join(f"{each:+.2f} %" for each in effect.each) + f", {effect.runs}"
     inside = effect.low > -MARGIN and effect.high < MARGIN
     if effect.low > 0:
@@ -147,9 +141,9 @@ def describe_effect(effect: Effect | None) -> str:
     return f"{effect.middle:+.2f} % ({effect.low:+.2f} to {effect.high:+.2f}): {verdict}"
 
 
-def losses(runs: dict[int, dict], split: str = "test") -> dict[int, float]:
-    """The loss of each seed of a kind."""
-    return {seed: run[split]["loss"] for seed, run in runs.items()}
+def test_losses(runs: dict[int, dict]) -> dict[int, float]:
+    """The test loss of each seed of a kind."""
+    return {seed: run["test"]["loss"] for seed, run in runs.items()}
 
 
 def effects_against_base(kinds: dict) -> dict[str, Effect | None]:
@@ -159,7 +153,7 @@ def effects_against_base(kinds: dict) -> dict[str, Effect | None]:
         base_name, base = main_kind(kinds, BASE, first_run(runs)["dropout"])
         effects[name] = None
         if name != base_name:
-            effects[name] = unpaired_effect(losses(runs), losses(base))
+            effects[name] = unpaired_effect(test_losses(runs), test_losses(base))
     return effects
 
 
@@ -179,6 +173,6 @@ def effects_by_steps(lines: list[dict]) -> dict[str, Effect | None]:
             effects[f"step {curve[place][0]} of {steps} (dev)"] = unpaired_effect(a, b)
 
         # At the end.
-        effect = paired_effect(losses(ours), losses(theirs))
+        effect = paired_effect(test_losses(ours), test_losses(theirs))
         effects[f"{steps} steps, {name} against {base_name}"] = effect
     return effects

@@ -15,9 +15,9 @@ from lab.composing.effects import (
     effects_by_steps,
     first_run,
     group_runs,
-    losses,
     main_kind,
     paired_effect,
+    test_losses,
     unpaired_effect,
 )
 from lab.composing.figures import effects_figure, robustness_figure, sharing_figure
@@ -113,7 +113,7 @@ def trend_lines(lines: list[dict]) -> list[str]:
     texts = []
     for name, effect in effects_by_steps(lines).items():
         text = f"  {name}: {describe_effect(effect) or 'no pairs'}"
-        if effect and math.isfinite(effect.low):
+        if effect and math.isfinite(effect.high):
             text += f" (p = {effect.p:.2g}, {effect.runs})"
         texts.append(text)
     return texts
@@ -131,7 +131,7 @@ def contrast_lines(kinds: dict) -> list[str]:
             parent = parents[0] if parents else parent
         base_name, base = main_kind(kinds, parent)
         if base_name not in (name, "none"):
-            effect = unpaired_effect(losses(runs), losses(base))
+            effect = unpaired_effect(test_losses(runs), test_losses(base))
             text = describe_effect(effect)
             texts.append(f"  {name} against {base_name}: {text}")
     return texts
@@ -233,6 +233,6 @@ def draw_effects(effects: dict[str, Effect | None], title: str, path: Path):
     """Draw the effects that have an interval."""
     shown = {}
     for name, effect in effects.items():
-        if effect and math.isfinite(effect.low):
+        if effect and math.isfinite(effect.high):
             shown[name] = effect
     effects_figure(shown, MARGIN, title, path)

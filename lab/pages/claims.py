@@ -13,9 +13,10 @@ from lab.composing.effects import (
     group_runs,
     main_kind,
     paired_effect,
+    test_losses,
     unpaired_effect,
 )
-from lab.pages.declared import UNTOLD, cartesian_test, p_value, remixing_tests, test_losses
+from lab.pages.declared import UNTOLD, cartesian_test, p_value, remixing_tests
 from lab.pages.stored import stored_result, stored_runs
 from lab.tools import statistics
 

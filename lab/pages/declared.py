@@ -5,9 +5,16 @@ Only these have a bold verdict in the table of claims; all else is exploratory.
 
 from typing import NamedTuple
 
-from lab.composing.effects import BASE, describe_effect, group_runs, main_kind, paired_effect
+from lab.composing.effects import (
+    BASE,
+    describe_effect,
+    group_runs,
+    main_kind,
+    paired_effect,
+    test_losses,
+)
 from lab.pages.stored import stored_result, stored_runs
-from lab.remixing.tables import TESTS
+from lab.remixing.tables import DECLARED_AGAINST
 
 DECLARED_HEAD = "| declared | seeds | effect, with 95 % interval | p | asked for | verdict |\n"
 # results/NAME.json -> what is said of its tests. On the seeds of today's tables the strict arm was
@@ -45,7 +52,7 @@ def remixing_tests(name: str) -> dict[str, Test]:
     result = stored_result(name)
     tests = {}
     for rival, p in result["p"].items():
-        method, row = TESTS[rival], result["ahead"][rival]
+        method, row = DECLARED_AGAINST[rival], result["ahead"][rival]
         mean, low, high = (100 * row[key] for key in ("gain", "low", "high"))
         tests[rival] = Test(
             f"{method} is better than {rival}{ARMS[name]}",
@@ -69,11 +76,6 @@ def cartesian_test(name: str) -> Test:
     claim = f"cartesian has a lower perplexity than {BASE}{words}"
     seeds = sorted(ours.keys() & theirs.keys())
     return Test(claim, seeds, text, effect.p, alpha, outcome)
-
-
-def test_losses(seeds: dict[int, dict]) -> dict[int, float]:
-    """The test loss of each seed."""
-    return {seed: run["test"]["loss"] for seed, run in seeds.items()}
 
 
 def declared_table() -> str:

@@ -15,7 +15,7 @@ from lab.remixing.arena import Arena, Outcome, arena_of, judged, own_answers
 from lab.remixing.cost import count_operations
 from lab.remixing.methods import METHODS, run_method
 from lab.remixing.rivals import larger_model
-from lab.remixing.tables import SHOWN, TESTS, gain_table, main_table
+from lab.remixing.tables import DECLARED_AGAINST, SHOWN, gain_table, main_table
 from lab.scores.evaluation import router_names
 from lab.tools import cli, processes, statistics
 from lab.tools.files import read_json
@@ -132,7 +132,7 @@ def declared_tests(rows: dict[str, dict]) -> tuple[dict, dict]:
     """The tests named beforehand, t-tests in pairs over the seeds: rival -> p (two-sided), and
     rival -> by how much the method tested against it is ahead."""
     p, ahead = {}, {}
-    for rival, method in TESTS.items():
+    for rival, method in DECLARED_AGAINST.items():
         if {rival, method} <= rows.keys():
             ours, theirs = rows[method]["each"], rows[rival]["each"]
             p[rival] = statistics.paired(ours, theirs)

@@ -9,7 +9,7 @@ from lab.tools.cli import table
 SHOWN = ("kernel regression", "NGD", "unfiltered", "unfiltered tuned", "corrections")
 SHOWN += ("soft prompt for each", "oracle")
 # Named beforehand: a rival, and the method that is tested against it.
-TESTS = {
+DECLARED_AGAINST = {
     "base": "NGD",
     "random neighbours": "NGD",
     "kernel regression": "NGD",
@@ -96,7 +96,7 @@ def tests_table(result: dict) -> str:
     lines = []
     for rival, row in result["ahead"].items():
         p = f"{result['p'][rival]:.2g}"
-        lines.append([f"{TESTS[rival]} against {rival}", *gain_cells(row), p])
+        lines.append([f"{DECLARED_AGAINST[rival]} against {rival}", *gain_cells(row), p])
     n = len(result["runs"])
     return table(lines, [f"tests in pairs, {n} seeds", "ahead by", "95 % interval", "p"])
 

@@ -28,8 +28,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from data import SkillsTask
 from lab.composing.presets import PRESETS, build_model
+from lab.scores.specialisation import specialisation
 from moe import Imposed, MoEConfig, MoETransformer, Router
+from pathways import ReferenceSet
 
 # ---------------------------------------------------------------------- a mixture-of-experts layer
 
@@ -312,3 +315,19 @@ def small_preset(name, **changes):
     """A small model of a preset in float64, from 4 experts of full size."""
     sizes = SMALL | {"n_experts": 4, "d_shared": 8} | changes
     return decided(build_model(asdict(PRESETS[name](MoEConfig(**sizes))))).double()
+
+
+def references_of(model):
+    """Six references of a small model, all of which may help."""
+    solved = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [2, 4, 6], [9, 1], [3, 3, 3]]
+    references = ReferenceSet.build(model, solved, torch.arange(6, device="cpu"))
+    references.correct[:] = True
+    return references
+
+
+def specialisation_of(model):
+    """Which expert of a small model does what, on some prompts of the skills task."""
+    task = SkillsTask()
+    prompts = task.prompts("dev").tokens[:50] % V
+    task.kinds = lambda *_: (prompts, prompts, [str(kind) for kind in range(V)])
+    return specialisation(model, task)

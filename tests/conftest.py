@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="also run slow and exhaustive tests")
+    parser.addoption("--cases", type=int, default=15, help="of test_faults.py: kills and damages")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -28,6 +28,7 @@ from lab.tools import runs
 from moe import Cache, Imposed, MoEConfig, Router
 
 N = 4  # experts of full size in a small model
+TOY_SIZES = MoEConfig(**TOY)
 # Presets that have all other layers and routers among them.
 ROUTED = ["top_p", "cartesian_parallel", "cartesian_chain", "cartesian_pairs"]
 
@@ -52,19 +53,20 @@ def chain_block(block, x):
 
 
 def pairs_block(block, x):
-    A, B = block.ffns[0].A, block.ffns[0].B
-    norm_A, norm_B = block.ffns[0].norm_A, block.ffns[0].norm_B
-    z = rms_norm(norm_A, x)
+    layer = block.ffns[0]
+    A, B = layer.A, layer.B
+    z = rms_norm(layer.norm_A, x)
     u = x + moe_layer(A, z)
-    v = rms_norm(norm_B, u)
+    v = rms_norm(layer.norm_B, u)
     y = u + expert(B.shared.gate_up.weight, B.shared.down.weight, v)
     total = sum(p for p, i in route(A.router, z))
     shared = expert(A.shared.gate_up.weight, A.shared.down.weight, z)
     for p, i in route(A.router, z):
         alone = x + total * expert(A.experts.gate_up[i], A.experts.down[i], z) + shared
-        alone = rms_norm(norm_B, alone)
         for q, j in route(B.router, v):
-            y = y + p / total * q * expert(B.experts.gate_up[j], B.experts.down[j], alone)
+            share = p / total * q
+            said = rms_norm(layer.norm_B, alone)
+            y = y + share * expert(B.experts.gate_up[j], B.experts.down[j], said)
     return y
 
 
@@ -187,10 +189,16 @@ def sum_over_pairs(A, B, z, join):
     return total
 
 
-def test_sequence_is_the_sum_over_pairs_if_linear():
-    """B(A(z)) = sum_ij p_i q_j B_j(A_i(z)) for linear experts, and for no others."""
+def test_sums_over_pairs():
+    """B(A(z)) = sum_ij p_i q_j B_j(A_i(z)) for linear experts, and for no others.
+
+    Were the product elementwise, the sum over pairs would be a product of two sums.
+    """
     A, B = small_preset("cartesian_no_shared").blocks[0].ffns
     z = random(9, 16)
+    b = B.router(A(z))
+    factors = A(z) * B.experts(z, b.weights, b.experts)
+    close(sum_over_pairs(A, B, z, lambda said, expert_b: said * expert_b(z)), factors)
 
     def compose(said, expert_b):
         return expert_b(said)
@@ -199,15 +207,6 @@ def test_sequence_is_the_sum_over_pairs_if_linear():
     A.experts = LinearExperts(N + 1)
     B.experts = LinearExperts(N + 1)
     close(B(A(z)), sum_over_pairs(A, B, z, compose))
-
-
-def test_elementwise_product_factorises():
-    """Were the product elementwise, the sum over pairs would be a product of two sums."""
-    A, B = small_preset("cartesian_no_shared").blocks[0].ffns
-    z = random(9, 16)
-    b = B.router(A(z))
-    expected = A(z) * B.experts(z, b.weights, b.experts)
-    close(sum_over_pairs(A, B, z, lambda said, expert_b: said * expert_b(z)), expected)
 
 
 def test_literal_product():
@@ -297,7 +296,7 @@ def test_presets_match():
         total, activated = count_both(preset(name, MoEConfig(**PAPER)))
         assert round(total / 1e6) == 842 or name.startswith("dense")
         assert activated / 1e6 == pytest.approx(others.get(name, 247.4), abs=0.5)
-    toy = MoEConfig(**TOY)
+    toy = TOY_SIZES
     assert count_parameters(preset("cartesian", toy)) == (1_419_904, 830_080)
     assert count_parameters(preset("fine_grained", toy)) == (1_419_392, 829_568)
     sizes = {"cartesian_k1": (4, 1, 64), "cartesian": (8, 2, 32), "cartesian_k4": (16, 4, 16)}
@@ -306,34 +305,29 @@ def test_presets_match():
         assert (config.n_experts, config.top_k, config.d_expert) == expected
 
 
-def test_saved_run(tmp_path):
-    """A saved model comes back as the class that it was, with the table of a hash router."""
-    for name in ("hash", "cartesian", "cartesian_pairs"):
-        model = small_preset(name).float()
-        tokens = torch.randint(V, (2, 8))
-        settings = {"model": asdict(model.config), "train": {}}
-        optimizer = torch.optim.AdamW(model.parameters())
-        runs.save_run(tmp_path, model, optimizer, 0, settings, [], [])
-        loaded, _ = runs.load_run(tmp_path)
-        assert type(loaded) is type(model)
+@pytest.mark.parametrize("name", ["hash", "cartesian", "cartesian_pairs", "fine_grained"])
+def test_saved_run(name, tmp_path):
+    """A saved model comes back as the class that it was, with the table of a hash router.
+
+    A config.json with "layer" in it, as of old, describes the same model.
+    """
+    model = small_preset(name).float()
+    tokens = torch.randint(V, (2, 8))
+    settings = {"model": asdict(model.config), "train": {}}
+    runs.save_run(tmp_path, model, torch.optim.AdamW(model.parameters()), 0, settings, [], [])
+    models = [runs.load_run(tmp_path)[0]]
+    assert type(models[0]) is type(model)
+    old = {"fine_grained": "moe", "cartesian": "cartesian"}
+    if name in old:
+        sizes = settings["model"] | {"layer": old[name], "router": "softmax", "top_p": 0.4}
+        sizes.pop("n_sublayers", None)
+        models.append(build_model(sizes))
+        models[1].load_state_dict(model.state_dict())
+        assert type(models[1]) is ComposedTransformer
+    for loaded in models:
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.full
-def test_old_runs_open():
-    """A config.json with "layer" in it, as of old, describes the same model."""
-    for layer, name in {"moe": "fine_grained", "cartesian": "cartesian"}.items():
-        model = small_preset(name)
-        sizes = asdict(model.config) | {"layer": layer, "router": "softmax", "top_p": 0.4}
-        sizes.pop("n_sublayers", None)
-        old = build_model(sizes).double()
-        old.load_state_dict(model.state_dict())
-        assert type(old) is ComposedTransformer
-        tokens = torch.randint(V, (2, 8))
-        assert torch.equal(old(tokens).logits, model(tokens).logits)
-
-
-TOY_SIZES = MoEConfig(**TOY)
 REFUSED = {  # message -> what is refused
     "no preset is called 'cartesain'; there are dense": lambda: preset("cartesain", TOY_SIZES),
     "k1 has -7.5% parameters": lambda: preset("cartesian_k1", replace(TOY_SIZES, n_experts=7)),
@@ -348,8 +342,7 @@ REFUSED = {  # message -> what is refused
 }
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("message", REFUSED)
+@pytest.mark.parametrize("message", full(*REFUSED))
 def test_refused(message):
     """What cannot be compared fairly, or is no model, is refused."""
     with refused(message):

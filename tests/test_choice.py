@@ -2,23 +2,31 @@
 
 import gzip
 import json
+import math
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from by_hand import full, refused
+from children import child
 from pretended import PretendedDevice, move
 
 import hf
 from lab.checkpoints import choice, remixed
-from lab.checkpoints.benchmarks import BENCHMARKS, Item, as_problems, make_prompts, read_items
+from lab.checkpoints.benchmarks import (
+    BENCHMARKS,
+    Item,
+    as_problems,
+    make_prompts,
+    not_asked,
+    read_items,
+)
 from lab.remixing.arena import Arena
 from lab.remixing.contest import compete
 from lab.scores.cloze import answer_questions
@@ -119,6 +127,14 @@ def test_splits():
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.solved == ("validation" if name == "mmlu" else "train")
         assert benchmark.solved != benchmark.split
+
+
+def test_questions_that_are_asked_are_no_examples(capsys):
+    """However they are spaced, and their choices are ordered."""
+    asked = [Item("What is  hot?", ["ice", "fire"], 1)]
+    others = [Item("What is hot?", ["ice", "snow"], 0), Item("Why?", ["ice", "fire"], 0)]
+    assert not_asked([Item("what is hot?", ["Fire", "ice"], 0), *others], asked, "x") == [1, 2]
+    assert "1 of 3 x are asked, too" in capsys.readouterr().err
 
 
 def write(path, rows) -> str:
@@ -332,6 +348,7 @@ def remixed_flags(folder, tmp_path, monkeypatch):
     return [*flags, "--reference-files", write(tmp_path / "solved", solved)]
 
 
+@pytest.mark.full
 def test_references_are_known_by_content(folder, remixed_flags, tmp_path, monkeypatch):
     """Other questions that are asked need no other references; another model or dtype does."""
 
@@ -355,42 +372,32 @@ def test_references_are_known_by_content(folder, remixed_flags, tmp_path, monkey
     assert first < reference_files()
 
 
-KILLED = """
-import os, signal, sys
-from lab.checkpoints import choice
-from pathways import Tail, prompts, references
-
-references.KEEP_SECONDS, prompts.MOST_TOKENS = 0, 150
-read, calls = Tail.read, []
-
-def counted(*arguments):
-    calls.append(0)
-    if len(calls) == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return read(*arguments)
-
-Tail.read = counted
-choice.main(sys.argv[1:])
-"""
-
-
+@pytest.mark.full
 def test_references_after_a_kill(remixed_flags, monkeypatch):
     """A build that is killed half way goes on where it was, and ends in the same set."""
     monkeypatch.setattr(prompts, "MOST_TOKENS", 150)
-    calls, read = [], Tail.read
-    monkeypatch.setattr(Tail, "read", lambda *given: calls.append(0) or read(*given))
+    monkeypatch.setattr(references, "KEEP_SECONDS", 0)
+    calls, read, last_call = [], Tail.read, math.inf
+
+    def counted(*given):
+        calls.append(0)
+        if len(calls) == last_call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(*given)
+
+    monkeypatch.setattr(Tail, "read", counted)
     choice.main(remixed_flags)
     n_calls = len(calls)
     (path,) = Path("out/choice").glob("*-references-*.safetensors")
     expected = read_about(path)  # with the checksum of all tensors
     shutil.rmtree("out")
 
-    program = [sys.executable, "-c", KILLED, *remixed_flags, "--threads", "1"]
-    environment = os.environ | {"PYTHONPATH": str(Path(choice.__file__).parents[2])}
-    assert subprocess.run(program, env=environment, check=False).returncode == -signal.SIGKILL
+    calls.clear()
+    last_call = 4
+    assert child(partial(choice.main, remixed_flags))[0] == -signal.SIGKILL
     assert not path.exists()
     assert path.with_suffix(".part").exists()
-    calls.clear()
+    last_call = math.inf
     choice.main(remixed_flags)
     assert len(calls) == n_calls - 3
     assert read_about(path) == expected
@@ -438,16 +445,6 @@ def test_shared_work_changes_nothing(method, folder):
             assert (ours == theirs).all()
 
 
-PROGRAM = """
-import sys
-from lab.checkpoints import choice, remixed
-from pathways import prompts
-
-remixed.BLOCK, prompts.MOST_TOKENS, choice.MOST_TOKENS = 4, 150, 150
-choice.main(sys.argv[1:])
-"""
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["scoring", "re-mixing"])
 def test_two_processes(kind, remixed_flags, run_program, tmp_path):
@@ -455,8 +452,7 @@ def test_two_processes(kind, remixed_flags, run_program, tmp_path):
     flags = [*remixed_flags, "--threads", "1"]
     if kind == "scoring":
         flags = ["--model", flags[1], "--data-file", str(tmp_path / "rows")]
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program = Path(__file__).with_name("choice_in_small_blocks.py")
 
     def outcome(processes):
         """What is printed and kept, but for times."""

@@ -49,6 +49,12 @@ def arena() -> Arena:
     return an_arena((3, 4, 5), 30)
 
 
+def brief(name) -> dict:
+    """Settings by which even what trains once is soon done."""
+    trains = name in METHODS and METHODS[name].trains_once
+    return {"steps": 5, "batch": 8} if trains else {}
+
+
 TAUGHT = ["NGD", "kernel regression", "in-context", "prefix for each", "oracle"]
 OTHERS = [name for name in METHODS if name not in TAUGHT]
 
@@ -59,9 +65,8 @@ def test_no_method_sees_a_label(arena, name):
 
     Each method is deterministic, and leaves the model and its own answers as they were."""
     weights = [weight.clone() for weight in arena.model.parameters()]
-    brief = {"steps": 5, "batch": 8} if METHODS[name].trains_once else {}
-    first = run_method(name, arena, **brief)
-    assert torch.equal(first.logits, run_method(name, arena, **brief).logits)
+    first = run_method(name, arena, **brief(name))
+    assert torch.equal(first.logits, run_method(name, arena, **brief(name)).logits)
     assert torch.equal(first.logits_before, own_answers(arena).logits)
     assert all(map(torch.equal, weights, arena.model.parameters()))
     if name not in ("entropy", "noisy ensemble"):
@@ -69,7 +74,7 @@ def test_no_method_sees_a_label(arena, name):
 
     assert (wrong_labels(arena) != arena.labels).all()
     arena.labels = (arena.labels + 5) % 11
-    other = run_method(name, arena, **brief)
+    other = run_method(name, arena, **brief(name))
     aims = name in ("oracle", "random wrong label")
     assert torch.equal(other.logits, first.logits) != aims
 
@@ -224,15 +229,10 @@ def test_another_device(arena, name):
     options = torch.stack([arena.references.labels, (arena.references.labels + 1) % 11], 1)
     arena.references = replace(arena.references, options=options)
     arena.config = replace(arena.config, loss="options")
-    brief = {"steps": 5, "batch": 8} if name != "base" and METHODS[name].trains_once else {}
-
-    def outcome():
-        method = own_answers if name == "base" else partial(run_method, name, **brief)
-        return judged(replace(arena), method)
-
-    expected = outcome()
+    method = own_answers if name == "base" else partial(run_method, name, **brief(name))
+    expected = judged(replace(arena), method)
     with PretendedDevice():
         move(arena.model)
-        found = outcome()
-    for ours, theirs in zip(found[:3], expected[:3], strict=True):
+        there = judged(replace(arena), method)
+    for ours, theirs in zip(there[:3], expected[:3], strict=True):
         assert (ours == theirs).all()

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from by_hand import full
 
 import eval as eval_py
 import train_toy
 from cartesian import CartesianConfig, CartesianTransformer
-from data import SkillsTask, TextData
+from data import TextData
+from lab.remixing import arena
 from lab.scores.cloze import answer_questions, most_frequent, share_right
 from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
@@ -79,12 +79,6 @@ def test_routing_counts_every_visit(run, tales, call, capsys):
     np.testing.assert_allclose(shares, visits[the].mean(0), atol=1e-6)
     entropy = torch.distributions.Categorical(routing.probs).entropy().mean() / math.log(4)
     assert special.entropy[1] == pytest.approx(entropy.item(), rel=1e-4)
-
-
-def test_one_expert_has_no_entropy():
-    """A router with one expert is always sure: 0, and not 0 divided by 0."""
-    model = MoETransformer(MoEConfig(vocab_size=47, n_experts=1, top_k=1))
-    assert (specialisation(model, SkillsTask(), "dev").entropy == 0).all()
 
 
 def test_routers_have_places():
@@ -161,28 +155,19 @@ def test_cloze_answers(tales):
     assert share_right(questions.labels[:2] - 1, questions) == 0
 
 
-def test_evaluation_leaves_the_model_as_it_was(tales):
-    """Scores are the same in whatever mode the model is, and it goes on in its own."""
-    model = MoETransformer(MoEConfig(vocab_size=2048, context=32, dropout=0.5)).train()
-    assert tales.score(model, "dev") == tales.score(model, "dev") and model.training
-
-
-WRONG = {
-    "command": ("choise", 2, "did you mean choice?"),
-    "no command": ("", 2, "expected a command: perplexity, routing, sample, cloze"),
-    "flag": ("routing --spilt test", 2, "unknown flag --spilt; did you mean --split?"),
-    "method": ("remix --methods NDG", 2, "unknown method 'NDG'; did you mean NGD?"),
-    "no run": ("perplexity", 1, "no run in out/: train one with python train_toy.py"),
-    "missing run": ("perplexity nowhere", 1, "nowhere holds no run"),
-}
-
-
-@pytest.mark.parametrize("name", ["command", *full(*list(WRONG)[1:])])
-def test_wrong_usage(name, call, complaint):
-    """A mistake is told in one line."""
-    flags, code, message = WRONG[name]
-    assert call(eval_py, flags) == code
-    assert message in complaint()
+def test_references_that_are_asked_are_left_out(train, undrawn, monkeypatch, capsys):
+    """Where a story of the training text begins as one that is asked, it does not help."""
+    lines = []
+    for i in range(400):
+        begin = f"{i if i < 390 else i % 3} friends saw the {LAST[(i + i // 7) % 4]}"
+        lines.append(f"{begin}{'!' * (i > 389)}\n{END}\n")
+    Path("tales.txt").write_text("".join(lines))
+    assert train("--steps 1 --data-file tales.txt --context 32 --out run") == 0
+    made = arena.arena_of(Path("run"), "test")
+    asked = {tuple(row) for row in arena.as_tuples(made.tokens, made.lengths)}
+    helping = arena.as_tuples(made.references.tokens, made.references.lengths)
+    assert not asked & {*helping}
+    assert "references of run are asked, too" in capsys.readouterr().err
 
 
 @pytest.mark.full

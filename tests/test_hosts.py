@@ -5,22 +5,25 @@ wrapper or operation is one function.
 """
 
 import contextlib
+import functools
 import io
 import json
 import sys
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-from by_hand import close, full, tiny
+from by_hand import close, full, references_of, specialisation_of, tiny
 
-import eval as eval_program
+import eval as eval_py
 import hf
 import train_toy
-from data import SkillsTask, passes
-from lab.scores.specialisation import specialisation
+from data import passes
 from lab.tools import runs
+from lab.tools.files import digest
 from moe import unwrapped
 from pathways import ReferenceSet, Tail, find_neighbours
 from remix import RemixConfig, remix
@@ -55,18 +58,13 @@ def strict():
 
 
 @contextlib.contextmanager
-def streams(*streams):
+def streams(stream):
     """Standard output and error that lead elsewhere, or nowhere."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = streams
-    try:
+    with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 HOSTS = {
-    "nothing": contextlib.nullcontext,
     "default float64": lambda: default_dtype(torch.float64),
     "default bfloat16": lambda: default_dtype(torch.bfloat16),
     "default device": lambda: torch.device("meta"),
@@ -75,14 +73,10 @@ HOSTS = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "deterministic": deterministic,
     "strict": strict,
-    "redirected output": lambda: streams(io.StringIO(), io.StringIO()),
-    "no output": lambda: streams(None, None),
+    "redirected output": lambda: streams(io.StringIO()),
+    "no output": lambda: streams(None),
+    "another thread": contextlib.nullcontext,  # where no signal can be caught
 }
-
-
-def in_a_thread(call):
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
 
 
 # ---- what is around a model
@@ -103,15 +97,8 @@ WRAPPERS = {
 # ---- operations: a model (perhaps wrapped), the references of the plain one, a new folder
 
 TOKENS = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(0))
-SOLVED = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [2, 4, 6], [9, 1], [3, 3, 3]]
 ASKED = [[0, 1, 2], [0, 5, 6]]
 SETTINGS = {"k": 2, "steps": 2}
-
-
-def references_of(model):
-    references = ReferenceSet.build(model, SOLVED, torch.arange(6, device="cpu"))
-    references.correct[:] = True
-    return references
 
 
 def forwarding(model, references, folder):
@@ -139,6 +126,10 @@ def regressing(model, references, folder):
     return remix(model, ASKED, references, method="kernel_regression", **SETTINGS)[:5]
 
 
+def finding_modes(model, references, folder):
+    return remix(model, ASKED, references, method="mode_finding", **SETTINGS)[:5]
+
+
 def finding_neighbours(model, references, folder):
     prompts = torch.tensor(ASKED, device="cpu"), torch.tensor([3, 3], device="cpu")
     tail, config = Tail(model), RemixConfig(k=2, embedding="hidden:1")
@@ -160,10 +151,17 @@ def saving(model, references, folder):
 
 
 def scoring(model, references, folder):
-    task = SkillsTask()
-    prompts = task.prompts("dev").tokens[:50] % 11
-    task.kinds = lambda *_: (prompts, prompts, [str(kind) for kind in range(11)])
-    return tuple(map(torch.from_numpy, specialisation(model, task)[:2]))
+    return tuple(map(torch.from_numpy, specialisation_of(model)[:2]))
+
+
+SIZES = "--d-model 16 --n-layers 1 --n-experts 4 --top-k 2 --d-expert 8 --steps 2 --no-taste"
+
+
+def running_programs(model, references, folder):
+    """Train, and look at the run -> its scores."""
+    train_toy.main([*SIZES.split(), "--out", str(folder)])
+    eval_py.main(["perplexity", str(folder)])
+    return json.loads((folder / "perplexity-dev.json").read_text())
 
 
 OPERATIONS = [
@@ -172,10 +170,12 @@ OPERATIONS = [
     building,
     descending,
     regressing,
+    finding_modes,
     finding_neighbours,
     going_to_the_hub,
     saving,
     scoring,
+    running_programs,
 ]
 
 
@@ -199,45 +199,51 @@ def surroundings(model):
         "streams": (sys.stdout, sys.stderr),
         "training": [module.training for module in model.modules()],
         "learning": [weight.requires_grad for weight in model.parameters()],
+        "gradients": [weight.grad for weight in model.parameters()],
+        "weights": digest(*model.parameters()),
         "random": torch.get_rng_state().tolist(),
     }
 
 
-def alone(operation, folder):
+@functools.cache
+def alone(operation):
     """What an operation gives without a host."""
     model = model_in_training()
-    return operation(model, references_of(model), folder / "alone")
+    with tempfile.TemporaryDirectory() as folder:
+        return operation(model, references_of(model), Path(folder) / "alone")
 
 
-QUICK = ["default bfloat16", "default device", "inference mode", "no output"]
-OTHER_HOSTS = [host for host in HOSTS if host not in QUICK]
+TAUGHT = ["default bfloat16", "default device", "inference mode", "another thread"]
+OTHERS = [host for host in HOSTS if host not in TAUGHT]
+QUICK = [forwarding, building, descending, saving]
+SLOWER = [operation for operation in OPERATIONS if operation not in QUICK]
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("host", [*QUICK, *full(*OTHER_HOSTS)])
+@pytest.mark.parametrize("operation", [*QUICK, *full(*SLOWER)])
+@pytest.mark.parametrize("host", [*TAUGHT, *full(*OTHERS)])
 def test_hosts(host, operation, tmp_path):
     """The same result in a host, which finds itself and its model as they were."""
-    expected = alone(operation, tmp_path)
+    expected = alone(operation)
     model = model_in_training()
     references = references_of(model)
-    with HOSTS[host]():
+
+    def hosted():
+        return operation(model, references, tmp_path / "hosted")
+
+    with HOSTS[host](), ThreadPoolExecutor(1) as pool:
         before = surroundings(model)
-        result = operation(model, references, tmp_path / "hosted")
+        result = pool.submit(hosted).result() if host == "another thread" else hosted()
         assert surroundings(model) == before
     if host == "autocast" and operation in (forwarding, generating, scoring):
         return  # this is what autocast is for
     close(result, expected, 0)
 
 
-CALLS = [forwarding, generating, scoring]  # of a wrapper itself: torch.compile takes seconds
-OTHERS = [operation for operation in OPERATIONS if operation not in CALLS]
-
-
-@pytest.mark.parametrize("operation", [*OTHERS, *full(*CALLS)])
-@pytest.mark.parametrize("wrapper", ["compiled", "data parallel", *full("compiled blocks")])
+@pytest.mark.parametrize("operation", [*QUICK[1:], *full(forwarding, *SLOWER[:-1])])
+@pytest.mark.parametrize("wrapper", [*full("compiled", "compiled blocks"), "data parallel"])
 def test_wrappers(wrapper, operation, tmp_path):
     """A wrapped model is the model inside of it, references and files included."""
-    expected = alone(operation, tmp_path)
+    expected = alone(operation)
     model = model_in_training()
     references = references_of(model)
     wrapped = WRAPPERS[wrapper](model)
@@ -247,50 +253,9 @@ def test_wrappers(wrapper, operation, tmp_path):
     close(result, expected, 0)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_threads(operation, tmp_path):
-    """The same result in another thread."""
-    expected = alone(operation, tmp_path)
-    model = model_in_training()
-    references = references_of(model)
-    result = in_a_thread(lambda: operation(model, references, tmp_path / "hosted"))
-    close(result, expected, 0)
-
-
 def test_half_used():
     """A generator that is left half used leaves no trace either."""
     model = model_in_training()
     before = surroundings(model)
-    rows = passes(model, TOKENS.repeat(2000, 1))
-    next(rows)
+    next(passes(model, TOKENS.repeat(2000, 1)))
     assert surroundings(model) == before
-
-
-# ---- programs
-
-SIZES = "--d-model 16 --n-layers 1 --n-experts 4 --top-k 2 --d-expert 8 --steps 2 --no-taste"
-
-
-def run_programs(folder):
-    """Train, and look at the run -> its scores."""
-    train_toy.main([*SIZES.split(), "--out", str(folder)])
-    eval_program.main(["perplexity", str(folder)])
-    return json.loads((folder / "perplexity-dev.json").read_text())
-
-
-@pytest.mark.parametrize("host", [*QUICK[:1], *full(*QUICK[1:], *OTHER_HOSTS)])
-def test_programs_in_hosts(host, tmp_path):
-    """The programs give the same there, to the last digit."""
-    expected = run_programs(tmp_path / "alone")
-    model = model_in_training()
-    with HOSTS[host]():
-        before = surroundings(model)
-        assert run_programs(tmp_path / "hosted") == expected
-        assert surroundings(model) == before
-
-
-@pytest.mark.full
-def test_programs_in_a_thread(tmp_path):
-    """Likewise in another thread, where no signal can be caught."""
-    expected = run_programs(tmp_path / "alone")
-    assert in_a_thread(lambda: run_programs(tmp_path / "hosted")) == expected

@@ -1,6 +1,8 @@
 """The oracle's matched null, and what a pathway knows: each measure gives what it must on made-up
 data whose answer is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -120,5 +122,6 @@ def test_exchange_of_pathways(arena):
 @pytest.mark.full
 def test_three_runs_make_a_report(arena):
     """All measurements, with intervals over seeds, as a table."""
-    text = knowledge_report({"runs": ["a", "b", "c"]} | measure_knowledge([arena] * 3))
-    assert RIGHT in text and WRONG in text and "3 seeds" in text
+    quick = replace(arena, task=None, config=replace(arena.config, steps=1))
+    text = knowledge_report({"runs": ["a", "b", "c"]} | measure_knowledge([quick] * 3))
+    assert all(words in text for words in (RIGHT, WRONG, "3 seeds"))

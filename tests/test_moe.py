@@ -38,6 +38,7 @@ from moe import (
 LENGTHS = torch.tensor([1, 7, 5])  # of the prompts in a padded batch
 ROWS = torch.arange(3)
 LAST = LENGTHS - 1
+VALID = torch.arange(7) < LENGTHS[:, None]
 
 
 def variants(*taught):
@@ -49,11 +50,15 @@ def variants(*taught):
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
 
-def prompts():
-    """tokens (3, 7) and valid (3, 7): prompts, padded on the right with random tokens."""
-    tokens = torch.randint(V, (3, 7))
-    valid = torch.arange(7) < LENGTHS[:, None]
-    return tokens, valid
+@pytest.fixture
+def model():
+    return tiny()
+
+
+@pytest.fixture
+def tokens():
+    """Prompts (3, 7), of which VALID are padded on the right with random tokens."""
+    return torch.randint(V, (3, 7))
 
 
 def pathway(model):
@@ -64,32 +69,22 @@ def pathway(model):
 
 # ---- the MoE layer
 
+LAYERS = {  # tokens, experts of each, numbers, width of an expert, whether one kernel does it all
+    "one expert": (9, 1, torch.float32, 4, True),
+    "three experts": (9, 3, torch.float32, 4, True),
+    "all experts": (9, E, torch.float32, 4, True),
+    "odd width": (9, 3, torch.float32, 5, False),
+    "float64": (9, 3, torch.float64, 4, False),
+    "one token": (1, 3, torch.float32, 4, False),
+    "few tokens": (3, 1, torch.float64, 4, False),
+}
 
-@pytest.mark.parametrize(
-    ("n", "k", "dtype", "width", "fused"),
-    [
-        (9, 1, torch.float32, 4, True),
-        (9, 3, torch.float32, 4, True),
-        (9, E, torch.float32, 4, True),
-        (9, 3, torch.float32, 5, False),
-        (9, 3, torch.float64, 4, False),
-        (1, 3, torch.float32, 4, False),
-        (3, 1, torch.float64, 4, False),
-    ],
-    ids=[
-        "one expert",
-        "three experts",
-        "all experts",
-        "odd width",
-        "float64",
-        "one token",
-        "few tokens",
-    ],
-)
-def test_experts_equal_a_loop(n, k, dtype, width, fused):
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_experts_equal_a_loop(layer):
     """The k experts of n tokens, few or many, in any order of work: same outputs and gradients."""
-    config = MoEConfig(d_model=8, d_expert=width, n_experts=E, top_k=k)
-    experts = Experts(config).to(dtype)
+    n, k, dtype, width, fused = LAYERS[layer]
+    experts = Experts(MoEConfig(d_model=8, d_expert=width, n_experts=E, top_k=k)).to(dtype)
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.5)
 
@@ -105,15 +100,13 @@ def test_experts_equal_a_loop(n, k, dtype, width, fused):
 
     expected = []
     for token, *routes in zip(x, weights, chosen, strict=True):
-        visits = zip(*routes, strict=True)
-        expected.append(by_hand.visit(experts, token, visits))
+        expected.append(by_hand.visit(experts, token, zip(*routes, strict=True)))
     expected = torch.stack(expected)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-12
     close(y, expected, tolerance)
     with torch.no_grad():
         assert torch.equal(experts(x, weights, chosen), y)
-    upstream = torch.randn_like(y)
-    inputs = (x, weights, *experts.parameters())
+    inputs, upstream = (x, weights, *experts.parameters()), torch.randn_like(y)
     gradients = torch.autograd.grad(y, inputs, upstream)
     close(gradients, torch.autograd.grad(expected, inputs, upstream), tolerance)
 
@@ -139,36 +132,32 @@ def test_the_loss_trains_the_router():
     assert learning_routers(tiny(top_k=1, norm_topk=True)) == 0
 
 
-def z_loss(n):
-    """The z loss of logits of which n are 0 and all others minus infinity."""
-    return torch.tensor(math.log(n) ** 2)
-
-
 def test_balance_and_z_loss():
-    """Balance is 1 when all experts share the work, and E / k when k of them do all of it."""
+    """Balance is 1 when all experts share the work, and E / k when k of them do all of it.
+
+    The z loss of logits of which n are 0, and all others minus infinity, is (ln n)^2.
+    """
     n = 2 * E
     share = torch.full((n,), 1 / n)
     for k in (1, 2, E):
-        logits = torch.zeros(n, E)
         in_turn = (torch.arange(n)[:, None] + torch.arange(k)) % E  # (n, k)
-        uniform = Routing(logits.softmax(-1), torch.rand(n, k), in_turn, logits)
-        close(router_losses(uniform, share), (torch.tensor(1.0), z_loss(E)), 1e-5)
-
-        logits[:, k:] = -1e9
         same = torch.arange(k).expand(n, k)
-        collapsed = Routing(logits.softmax(-1), torch.rand(n, k), same, logits)
-        close(router_losses(collapsed, share), (torch.tensor(E / k), z_loss(k)), 1e-5)
+        for experts, balance, n_likely in ((in_turn, 1.0, E), (same, E / k, k)):
+            logits = torch.zeros(n, E)
+            logits[:, n_likely:] = -1e9
+            routing = Routing(logits.softmax(-1), torch.rand(n, k), experts, logits)
+            expected = torch.tensor([balance, math.log(n_likely) ** 2])
+            close(torch.stack(router_losses(routing, share)), expected, 1e-5)
 
 
 # ---- what a prediction depends on
 
 
 @modes
-def test_causal(training):
+def test_causal(training, model):
     """A prediction never depends on later tokens; it does depend on its own one."""
-    model = tiny().train(training)
     tokens = torch.randint(V, (2, 8))
-    logits = model(tokens).logits
+    logits = model.train(training)(tokens).logits
     for t in range(1, 8):
         changed = tokens.clone()
         changed[:, t:] = (tokens[:, t:] + 1) % V
@@ -178,9 +167,9 @@ def test_causal(training):
 
 
 @modes
-def test_rows_are_independent(training):
+def test_rows_are_independent(training, model):
     """A row is predicted alike in any company: no expert is ever full, no token is dropped."""
-    model = tiny().train(training)
+    model.train(training)
     tokens = torch.randint(V, (5, 8))
     alone = torch.cat([model(row[None]).logits for row in tokens])
     close(model(tokens).logits, alone)
@@ -188,14 +177,11 @@ def test_rows_are_independent(training):
     close(model(crowd).logits, alone[:1].expand(5, -1, -1))
 
 
-def test_padding_changes_nothing():
+def test_padding_changes_nothing(model, tokens):
     """Valid tokens do not see it, and the losses of the routers do not count it."""
-    model = tiny()
-    tokens, valid = prompts()
-    logits = model(tokens, valid=valid).logits
+    logits = model(tokens, valid=VALID).logits
     for i, n in enumerate(LENGTHS):
         close(logits[i, :n], model(tokens[i : i + 1, :n]).logits[0])
-
     whole = model(tokens)
     valid = (torch.arange(14) < 7).expand(3, -1)
     padded = model(torch.cat([tokens, tokens], 1), valid=valid)
@@ -203,12 +189,10 @@ def test_padding_changes_nothing():
 
 
 @modes
-def test_evaluation_is_deterministic(training):
+def test_evaluation_is_deterministic(training, tokens):
     """Dropout is random in training only; generating evaluates, and leaves no trace."""
-    model = tiny(dropout=0.5)
-    tokens = torch.randint(V, (2, 8))
-    logits = model.eval()(tokens).logits
-    text = model.generate(tokens, 4)
+    model = tiny(dropout=0.5).eval()
+    logits, text = model(tokens).logits, model.generate(tokens, 4)
     model.train(training)
     assert torch.equal(model.generate(tokens, 4), text)
     assert all(module.training == training for module in model.modules())
@@ -220,15 +204,19 @@ def test_evaluation_is_deterministic(training):
 
 
 @variants("default", "grouped-query")
-def test_cached_decoding_equals_full_forward(variant):
-    """With a cache only new tokens are computed, one or several at a time."""
-    model = tiny(variant)
-    tokens, valid = prompts()
+def test_cached_decoding_equals_full_forward(variant, tokens):
+    """With a cache only new tokens are computed, one or several at a time.
+
+    Tokens that look into it without joining it leave it as it was.
+    """
+    model, cache = tiny(variant), Cache()
     new = torch.randint(V, (3, 4))
-    cache = Cache()
-    logits = [model(tokens, valid=valid, cache=cache).logits[ROWS, LAST][:, None]]
+    logits = [model(tokens, valid=VALID, cache=cache).logits[ROWS, LAST][:, None]]
     for piece in new.split([1, 1, 2], 1):
+        looks = [model.run_blocks(model.embed(piece), cache=cache, write=False) for _ in range(2)]
         logits.append(model(piece, cache=cache).logits)
+        close(looks, [looks[0], looks[0]], 0)
+        close(model.head(looks[0]), logits[-1])
     logits = torch.cat(logits, 1)
     for i, n in enumerate(LENGTHS):
         whole = torch.cat([tokens[i, :n], new[i]])
@@ -236,9 +224,8 @@ def test_cached_decoding_equals_full_forward(variant):
 
 
 @pytest.mark.parametrize("learning", [True, False], ids=["gradients", "no gradients"])
-def test_a_cache_goes_on_from_anywhere(learning):
+def test_a_cache_goes_on_from_anywhere(learning, model):
     """From a copy, an earlier state, tensors put in: what it grows by disturbs no other one."""
-    model = tiny()
     tokens = torch.randint(V, (2, 14))
     other = (tokens + 1) % V
     cache = Cache()
@@ -265,120 +252,92 @@ def test_a_cache_goes_on_from_anywhere(learning):
 
 
 @variants("default", "tied")
-def test_generate_equals_slow_loop(variant):
-    """Greedy decoding appends the most probable token again and again; `show` sees them come."""
-    model = tiny(variant)
-    tokens, valid = prompts()
-    shown = []
-    new = model.generate(tokens, 6, valid=valid, show=shown.append)
+def test_generate_equals_slow_loop(variant, tokens):
+    """Greedy decoding appends the most probable token again and again; `show` sees them come.
+
+    The context can be used to its last token.
+    """
+    model, shown = tiny(variant), []
+    new = model.generate(tokens, 9, valid=VALID, show=shown.append)
     assert torch.equal(torch.stack(shown, 1), new)
     assert new.unique().numel() > 1
     for i, n in enumerate(LENGTHS):
         row = tokens[i, :n]
-        for _ in range(6):
+        for _ in range(9):
             best = model(row[None]).logits[0, -1].argmax()
             row = torch.cat([row, best[None]])
         assert torch.equal(new[i], row[n:])
+    assert row.shape == (14,) and model(torch.randint(V, (1, 16))).logits.shape == (1, 16, V)
 
 
-def test_generate_stops():
+def test_generate_stops(model, tokens):
     """A row that ended repeats the stop token; when all have ended, generating does."""
-    model = tiny()
-    tokens, valid = prompts()
-    free = model.generate(tokens, 8, valid=valid)
+    free = model.generate(tokens, 8, valid=VALID)
     stop = int(free[1, 2])
     ended = (free == stop).cumsum(1) > 0  # (B, n) true from a row's first stop token on
     n = int((~ended.all(0)).sum()) + 1  # up to the first column in which all have ended
     expected = free.masked_fill(ended, stop)[:, :n]
-    assert torch.equal(model.generate(tokens, 8, stop=stop, valid=valid), expected)
+    assert torch.equal(model.generate(tokens, 8, stop=stop, valid=VALID), expected)
     alone = model.generate(tokens[1:2], 8, stop=stop)
-    assert alone.shape[1] <= 3
-    assert alone[0, -1] == stop
+    assert alone.shape[1] <= 3 and alone[0, -1] == stop
 
 
-def test_sampling():
+def test_sampling(model, tokens):
     """Sampling is as random as its generator; at a temperature near zero it is greedy."""
-    model = tiny()
-    tokens, valid = prompts()
 
     def sample(seed, temperature):
         generator = torch.Generator().manual_seed(seed)
-        return model.generate(tokens, 9, temperature, valid=valid, generator=generator)
+        return model.generate(tokens, 9, temperature, valid=VALID, generator=generator)
 
     assert torch.equal(sample(1, 1.0), sample(1, 1.0))
     assert not torch.equal(sample(1, 1.0), sample(2, 1.0))
-    assert torch.equal(sample(1, 1e-4), model.generate(tokens, 9, valid=valid))
-
-
-def test_write_false_leaves_the_cache_alone():
-    """A token that looks into the cache without joining it can be asked again and again."""
-    model = tiny()
-    tokens, valid = prompts()
-    cache = Cache()
-    model(tokens, valid=valid, cache=cache)
-
-    def contents():
-        return [*cache.keys.values(), *cache.values.values(), cache.valid]
-
-    before = [tensor.clone() for tensor in contents()]
-    x = model.embed(tokens[:, :2])
-    first = model.run_blocks(x, cache=cache, write=False)
-    assert torch.equal(model.run_blocks(x, cache=cache, write=False), first)
-    assert all(map(torch.equal, contents(), before))
-    close(model.run_blocks(x, cache=cache), first)  # it joins only now
-    assert cache.valid.shape == (3, 9)
+    assert torch.equal(sample(1, 1e-4), model.generate(tokens, 9, valid=VALID))
 
 
 # ---- imposed pathways, learnt prefixes
 
 
 @variants("default", "norm-topk")
-def test_imposing_a_pathway(variant):
-    """The model's own pathway changes nothing; another one changes the last valid token alone."""
+def test_imposing_a_pathway(variant, tokens):
+    """The model's own pathway changes nothing; another one changes no token before its own.
+
+    It reaches later tokens through attention.
+    """
     model = tiny(variant)
-    tokens, valid = prompts()
-    plain = model(tokens, valid=valid)
-    last = torch.arange(7) == LAST[:, None]
-    before = valid & ~last
-    own = [routing.probs.unflatten(0, tokens.shape)[last] for routing in plain.routing]
+    plain = model(tokens, valid=VALID)
     other = pathway(model)
-    for at in (None, last):
-        same = model(tokens, valid=valid, imposed=Imposed(dict(enumerate(own)), at))
-        close(same.logits[valid], plain.logits[valid])
-        changed = model(tokens, valid=valid, imposed=Imposed(other, at))
-        close(changed.logits[before], plain.logits[before])
-        moved = (changed.logits - plain.logits)[last].abs().amax(1)
-        assert (moved > 1e-3).all()
+    middle = LAST.clamp(max=3)
+    for place, given in ((LAST, False), (LAST, True), (middle, True)):
+        steps = torch.arange(7) - place[:, None]  # (3, 7) from the token that is imposed on
+        at = steps == 0
+        own = [routing.probs.unflatten(0, tokens.shape)[at] for routing in plain.routing]
+        same, changed = (
+            model(tokens, valid=VALID, imposed=Imposed(rows, at if given else None))
+            for rows in (dict(enumerate(own)), other)
+        )
+        close(same.logits[VALID], plain.logits[VALID])
+        close(changed.logits[steps < 0], plain.logits[steps < 0])
+        moved = (changed.logits - plain.logits).abs().amax(-1)
+        assert (moved[at] > 1e-3).all()
+        assert (moved[VALID & (steps > 0)] > 1e-6).all()
 
         # What was imposed is what is reported.
         for i, routing in enumerate(changed.routing):
-            close(routing.probs[last.flatten()], other[i])
-        elsewhere = ~last.flatten()
+            close(routing.probs[at.flatten()], other[i])
+        elsewhere = ~at.flatten()
         close(changed.routing[0].probs[elsewhere], plain.routing[0].probs[elsewhere])
 
 
-def test_imposing_a_pathway_in_the_middle():
-    """It reaches later tokens through attention, and no token before it."""
-    model = tiny()
-    tokens = torch.randint(V, (3, 7))
-    at = (torch.arange(7) == 3).expand(3, -1)
-    changed = model(tokens, imposed=Imposed(pathway(model), at)).logits
-    moved = (changed - model(tokens).logits).abs().amax(-1)  # (B, T)
-    assert (moved[:, :3] < 1e-10).all()
-    assert (moved[:, 3:] > 1e-6).all()
-
-
-def test_prefix_tuning():
+def test_prefix_tuning(tokens):
     """Prefix tuning is a cache of learnt keys and values: gradients reach every layer, and help."""
     model = tiny("grouped-query")
-    tokens, valid = prompts()
 
     def loss(learnt):
         """learnt (2, L, G, S, C): keys and values of the layers, the same for all prompts."""
         keys, values = learnt[:, :, None].expand(-1, -1, 3, -1, -1, -1)
         seen = torch.ones(3, 4, dtype=torch.bool)
         cache = Cache(dict(enumerate(keys)), dict(enumerate(values)), seen)
-        x = model.run_blocks(model.embed(tokens), valid, cache)
+        x = model.run_blocks(model.embed(tokens), VALID, cache)
         return F.cross_entropy(model.head(x[ROWS, LAST]), ROWS)
 
     learnt = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
@@ -387,11 +346,9 @@ def test_prefix_tuning():
     assert loss(learnt - 0.1 * gradient) < loss(learnt) - 1e-3
 
 
-def test_soft_prompt():
+def test_soft_prompt(model, tokens):
     """A soft prompt is embeddings put in front; those of tokens do what the tokens would."""
-    model = tiny()
-    tokens, valid = prompts()
-    valid = F.pad(valid, (2, 0), value=True)
+    valid = F.pad(VALID, (2, 0), value=True)
     hard = torch.randint(V, (3, 2))
     imposed = Imposed(pathway(model))
     soft = model.embed(hard).detach().requires_grad_()
@@ -409,14 +366,12 @@ def test_first_loss():
     """A model that has learnt nothing expects every token alike: its loss is ln V."""
     for vocab_size, tied in ((48, False), (48, True), (2048, True)):
         model = MoETransformer(MoEConfig(vocab_size=vocab_size, tied=tied))
-        tokens, targets = torch.randint(vocab_size, (2, 8, 64))
-        loss = model(tokens, targets).loss.item()
+        loss = model(*torch.randint(vocab_size, (2, 8, 64))).loss.item()
         assert loss == pytest.approx(math.log(vocab_size), rel=0.05)
 
 
-def test_loss_is_pure_cross_entropy():
+def test_loss_is_pure_cross_entropy(model):
     """`loss` is over the targets that count, and without what balances the routers."""
-    model = tiny()
     tokens, targets = torch.randint(V, (2, 3, 8))
     targets[0, 2:] = IGNORE
     counted = targets != IGNORE
@@ -467,24 +422,12 @@ def test_bfloat16():
         assert 0 < (out.logits - expected).norm() / expected.norm() < 0.05
 
 
-# ---- sizes
-
-
 @variants("default", "shared", "dense-layers")
 def test_n_params(variant):
     """All parameters, and the activated ones: those that the gradient of one token reaches."""
     model = tiny(variant)
-    tensors = model.state_dict().values()
-    assert model.n_params() == sum(tensor.numel() for tensor in tensors)
+    assert model.n_params() == sum(tensor.numel() for tensor in model.state_dict().values())
     assert model.n_params(activated=True) == reached_by_one_token(model)
-
-
-def test_longest_input():
-    """The context can be used to its last token, by a forward pass and by generating."""
-    model = tiny()
-    tokens = torch.randint(V, (2, 16))
-    assert model(tokens).logits.shape == (2, 16, V)
-    assert model.generate(tokens[:, :9], 7).shape == (2, 7)
 
 
 # ---- what is refused
@@ -516,21 +459,14 @@ INPUTS = {  # message -> what is asked of a model m with tokens t (2, 9)
 
 
 def impose(model, tokens, router=0, width=E, at=None):
-    row = torch.ones(2, width)
-    model(tokens, imposed=Imposed({router: row}, at))
+    model(tokens, imposed=Imposed({router: torch.ones(2, width)}, at))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("message", SIZES)
-def test_sizes_that_do_not_fit(message):
-    """They are refused with what was wrong, and what would do."""
+@pytest.mark.parametrize("message", full(*SIZES, *INPUTS))
+def test_what_does_not_fit(message, model):
+    """Sizes, tokens and pathways are refused with what was wrong, and what would do."""
     with refused(message):
-        MoEConfig(**SIZES[message])
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("message", INPUTS)
-def test_input_that_does_not_fit(message):
-    """Tokens and pathways that the model cannot take are refused likewise."""
-    with refused(message):
-        INPUTS[message](tiny(), torch.zeros(2, 9, dtype=torch.long))
+        if message in SIZES:
+            MoEConfig(**SIZES[message])
+        else:
+            INPUTS[message](model, torch.zeros(2, 9, dtype=torch.long))

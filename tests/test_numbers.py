@@ -9,43 +9,28 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from by_hand import full, tiny
+from by_hand import full, references_of, specialisation_of, tiny
 
-import eval as eval_program
+import eval as eval_py
 import hf
 import train_toy
-from data import SkillsTask, passes, perplexity
+from data import passes, perplexity
 from lab.checkpoints.answers import Answers
 from lab.checkpoints.choice import ChoiceConfig, Prompt, log_likelihoods
 from lab.composing.compare import append_line
 from lab.composing.layers import ComposedConfig
 from lab.composing.robustness import robustness_table
-from lab.scores.specialisation import specialisation
+from lab.remixing.methods import METHODS
 from lab.tools import runs, statistics
 from lab.tools.settings import TrainConfig
 from moe import MoEConfig
-from pathways import ReferenceSet
 from remix import RemixConfig, remix
 
 ROOT = Path(__file__).parent.parent
 TOKENS = torch.tensor([[1, 2, 3], [4, 5, 6]])
-SOLVED = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [2, 4, 6]]
 NAN = float("nan")
 
 # ---- a model that overflows, or is damaged
-
-
-def references_of(model):
-    references = ReferenceSet.build(model, SOLVED, [1, 2, 3, 4])
-    references.correct[:] = True
-    return references
-
-
-def scores(model):
-    task = SkillsTask()
-    prompts = task.prompts("dev").tokens[:9] % 11
-    task.kinds = lambda *_: (prompts, prompts, list("abcdefghijk"))
-    return specialisation(model, task)
 
 
 OPERATIONS = {
@@ -53,9 +38,9 @@ OPERATIONS = {
     "generate": lambda model: model.generate(TOKENS, 2),
     "draw": lambda model: model.generate(TOKENS, 2, 1.0),
     "score": lambda model: list(passes(model.train(), TOKENS)),
-    "specialisation": scores,
+    "specialisation": specialisation_of,
     "choice": lambda model: log_likelihoods(model, [Prompt([1, 2], [[(1, 3)], [(1, 4)]])]),
-    "build": lambda model: ReferenceSet.build(model, SOLVED, [1, 2, 3, 4]),
+    "build": references_of,
 }
 
 
@@ -82,7 +67,7 @@ def test_overflow():
         with pytest.raises(ValueError, match="not finite"):
             remix(model, [[1, 2]], references, method=surrogate, k=1)
     with pytest.raises(ValueError, match="not finite"):
-        remix(model, [[5]], dataclasses.replace(references, embeddings=torch.full((4, 2), NAN)),
+        remix(model, [[5]], dataclasses.replace(references, embeddings=torch.full((6, 2), NAN)),
               embedding="own", embeddings=[[1.0, 0.0]], k=1)  # fmt: skip
     model.embedding.weight.data.mul_(1e5)
     model.blocks[0].attention.v.weight.data.mul_(1e4)
@@ -114,7 +99,7 @@ def save_answers(folder, value):
 
 WRITERS = {  # what writes a number into the folder
     "a run's log": save_run,
-    "scores": lambda folder, value: eval_program.save_scores(folder, "x", {"a": [{"b": value}]}),
+    "scores": lambda folder, value: eval_py.save_scores(folder, "x", {"a": [{"b": value}]}),
     "answers": save_answers,
     "results": lambda folder, value: append_line(str(folder / "x.jsonl"), {"loss": value}),
 }
@@ -148,7 +133,7 @@ SAVED = {  # how a model, or what is made of it, is saved, and opened again
 }
 
 
-@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("kind", ["run", *full("hub", "float16")])
 def test_tensors(kind, tmp_path):
     """No tensor with such a number is saved, and none is opened, whichever it is."""
     save, load = SAVED[kind]
@@ -228,24 +213,19 @@ RUNS = {
     "dense": "--model dense",
     "cartesian": "--preset cartesian --n-experts 6 --top-k 2 --d-expert 144 --d-shared 144",
 }
-COMMANDS = {
-    "perplexity": [],
-    "routing": [],
-    "robustness": [],
-    "sharing": [],
-    "remix": ["--most", "2", "--k", "1", "--methods", "NGD,oracle,router tuning"],
-}
+COMMANDS = [["perplexity"], ["routing"], ["robustness"], ["sharing"]]
+COMMANDS.append(["remix", "--most", "2", "--k", "1", "--methods", "NGD,oracle,router tuning"])
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("run", RUNS)
-def test_small_models(run, tmp_path):
+@pytest.mark.parametrize("run", full(*RUNS))
+def test_small_models(run, call, monkeypatch):
     """The commands write numbers about models of the least sizes, or say what is missing."""
-    sizes = ["--d-model", "16", "--n-layers", "2", "--steps", "30", "--no-taste"]
-    train_toy.main([*sizes, *RUNS[run].split(), "--out", str(tmp_path / "run")])
-    for command, flags in COMMANDS.items():
+    monkeypatch.setitem(METHODS["router tuning"].tuned, "skills", {"lr": 1e-2, "steps": 5})
+    sizes = f"--d-model 16 --n-layers 2 --steps 30 --no-taste {RUNS[run]}"
+    assert call(train_toy, f"{sizes} --out run") == 0
+    for command, *flags in COMMANDS:
         try:
-            eval_program.main([command, str(tmp_path / "run"), *flags])
+            eval_py.main([command, "run", *flags])
         except ValueError as error:
             assert "\n" not in str(error)
             assert "no number" not in str(error)
@@ -253,8 +233,7 @@ def test_small_models(run, tmp_path):
     def refuse(number):
         raise AssertionError(number)
 
-    for path in tmp_path.rglob("*.json*"):
-        for line in (
-            path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        ):
-            json.loads(line, parse_constant=refuse)
+    for path in Path().rglob("*.json*"):
+        lines = path.suffix == ".jsonl"
+        for text in path.read_text().splitlines() if lines else [path.read_text()]:
+            json.loads(text, parse_constant=refuse)

@@ -28,23 +28,21 @@ from remix import RemixConfig, corrections, mend, ngd, remix
 methods = pytest.mark.parametrize("method", ["ngd", "kernel_regression", "mode_finding"])
 
 
-def make_model(name="default"):
+def make_model(name):
     """A small model: a variant, or one with two routers in a block, or with another router."""
-    if name == "cartesian":
-        return small_preset("cartesian")
-    if name == "sigmoid":
-        return tiny(router=SigmoidRouter)
-    return tiny(name)
+    others = {
+        "cartesian": lambda: small_preset(name),
+        "sigmoid": lambda: tiny(router=SigmoidRouter),
+    }
+    return others[name]() if name in others else tiny(name)
 
 
 def world(model=None, token="last"):
     """A model, five prompts of 1 to 5 tokens, twelve references of which it answers nine right."""
     model = (model or tiny()).eval()
-    lengths = {"asked": [1, 2, 3, 4, 5], "solved": [2, 3, 4, 5, 6, 7] * 2}
-    if token == "all":
-        lengths = {"asked": [4] * 5, "solved": [4] * 12}
-    solved = [torch.randint(1, V, (length,)) for length in lengths["solved"]]
-    asked = [torch.randint(1, V, (length,)) for length in lengths["asked"]]
+    lengths = [4] * 17 if token == "all" else [2, 3, 4, 5, 6, 7] * 2 + [1, 2, 3, 4, 5]
+    prompts = [torch.randint(1, V, (length,)) for length in lengths]
+    solved, asked = prompts[:12], prompts[12:]
     for prompt in asked:
         prompt[0] = 0  # no reference starts so
     labels = torch.stack([answer_along(model, prompt)[0].argmax() for prompt in solved])
@@ -176,16 +174,11 @@ def test_result_is_what_full_forwards_say(name, layers, routers, token, method):
 cores = pytest.mark.parametrize("core", [None, 2], ids=["all experts", "core experts"])
 
 
-def full_loss(model, references, near, i):
-    """The neighbour loss of the i-th prompt by full forwards: a function of its pathway (R, E)."""
-    index = near.index[i]
+def full_loss(model, references, index, weights=None):
+    """The loss of some references by full forwards: a function of a pathway (R, E)."""
     prompts = [prompts_of(references)[j] for j in index]
-    labels = references.labels[index]
-
-    def loss(w):
-        return by_hand.neighbour_loss(model, w, prompts, labels, near.weight[i])
-
-    return loss
+    weights = torch.ones(len(index)) if weights is None else weights
+    return lambda w: by_hand.neighbour_loss(model, w, prompts, references.labels[index], weights)
 
 
 @cores
@@ -193,8 +186,9 @@ def test_ngd_by_hand(core):
     """NGD equals gradient descent through full forwards of the neighbours."""
     model, asked, references = world()
     result = remix(model, asked, references, method="ngd", steps=4, lr=0.3, k=2, core=core)
+    near = result.neighbours
     for i, own in enumerate(result.pathway_before):
-        loss = full_loss(model, references, result.neighbours, i)
+        loss = full_loss(model, references, near.index[i], near.weight[i])
         w, losses = by_hand.ngd(own, loss, steps=4, lr=0.3, n_core=core or E)
         close((result.pathway[i], result.losses[i]), (w, torch.stack(losses)), 1e-8)
     assert result.losses.shape == (5, 5)
@@ -210,7 +204,7 @@ def test_kernel_regression_by_hand(core):
     for i, own in enumerate(result.pathway_before):
         theirs = references.pathways[near.index[i], 0]  # (k, R, E)
         mean = (near.weight[i, :, None, None] * theirs).sum(0)
-        loss = full_loss(model, references, near, i)
+        loss = full_loss(model, references, near.index[i], near.weight[i])
         w, losses = by_hand.kernel_regression(own, mean, loss, n_core=core or E)
         close((result.pathway[i], result.losses[i]), (w, torch.stack(losses)), 1e-8)
     assert result.losses.shape == (5, 11)
@@ -240,11 +234,7 @@ def test_corrections_by_hand(core):
     result = remix(model, asked, references, config, method=method)
     changes = []
     for i, own in enumerate(references.pathways[:, 0]):
-        itself = prompts_of(references)[i : i + 1], references.labels[i : i + 1], [1]
-
-        def loss(w, itself=itself):
-            return by_hand.neighbour_loss(model, w, *itself)
-
+        loss = full_loss(model, references, torch.tensor([i]))
         changes.append(by_hand.correction(own, loss, steps=3, lr=0.3, n_core=core or E))
     changes = torch.stack(changes)
     assert (changes.abs().amax((1, 2)) > 0.01).all()
@@ -303,14 +293,12 @@ def test_loss_over_options():
     least = result.losses.amin(1)
     assert (least < 0.9 * result.losses[:, 0]).any()
 
-    solved = prompts_of(references)
-    near = result.neighbours
+    solved, near = prompts_of(references), result.neighbours
     for i, w in enumerate(result.pathway):
         expected = 0.0
         for j, weight in zip(near.index[i], near.weight[i], strict=True):
             logits, _ = answer_along(model, solved[j], w)
-            nats = -logits[references.options[j]].log_softmax(0)[0]
-            expected = expected + weight * nats
+            expected -= weight * logits[references.options[j]].log_softmax(0)[0]
         close(least[i], expected, 1e-8)
 
 
@@ -363,24 +351,6 @@ def test_batches_do_not_matter(method):
         again = remix(model, prompts, references, **settings)
         close(again.pathway, whole.pathway[order], 1e-9)
         close(again.logits, whole.logits[order], 1e-9)
-
-
-@methods
-def test_the_model_is_left_as_it_was(method):
-    """Weights, gradients, training mode; and the same again gives the same answers."""
-    model, asked, references = world(tiny(dropout=0.5))
-    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    model.norm.weight.requires_grad_(False)
-    answers = []
-    for training in (True, False):
-        model.train(training)
-        answers.append(remix(model, asked, references, method=method, steps=2).logits)
-        assert all(module.training == training for module in model.modules())
-    assert torch.equal(*answers)
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, weights[name])
-        assert weight.grad is None
-        assert weight.requires_grad == (name != "norm.weight")
 
 
 def test_frozen_is_undone_after_an_error():
@@ -638,20 +608,14 @@ def dense():
     return tiny(dense_layers=(0, 1, 2))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("message", SETTINGS)
-def test_settings_that_do_not_fit(message):
-    """One line says what was wrong and what would do."""
+@pytest.mark.parametrize("message", full(*SETTINGS, *CALLS))
+def test_what_does_not_fit(message):
+    """Settings that nothing can be done with, and what does not belong together, are refused."""
     with refused(message):
-        remix(*world(), **SETTINGS[message])
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("message", CALLS)
-def test_calls_that_do_not_fit(message):
-    """Models, references and prompts that do not belong together are refused likewise."""
-    with refused(message):
-        CALLS[message](*world())
+        if message in SETTINGS:
+            remix(*world(), **SETTINGS[message])
+        else:
+            CALLS[message](*world())
 
 
 def test_one_expert_of_weight_1():

@@ -1,54 +1,70 @@
-"""Text: tokens that stand for every byte, splits that do not leak, files and downloads that fail
-clearly."""
+"""Text: tokens that stand for every byte, splits that do not leak, texts as people have them."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
-from by_hand import refused
+from by_hand import full, refused
 
 from cartesian import TOY
 from data import TextData
 from lab.tools import texts
-from lab.tools.texts import END, tinystories, tokenizer, train_tokenizer
+from lab.tools.texts import BLOCK_SIZE, END, LONGEST, tinystories, tokenizer, train_tokenizer
 from moe import MoEConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
-@pytest.fixture
-def stories(tmp_path):
-    """Fifty small documents, not all of them ASCII."""
-    path = tmp_path / "stories.txt"
-    lines = [f"Story {i}: the naïve café 🦊.\n{END}\n" for i in range(50)]
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+def stories(first: int, last: int) -> str:
+    """Small documents, not all of them ASCII."""
+    return "".join(f"Story {i}: the naïve café 🦊.\n{END}\n" for i in range(first, last))
+
+
+FIFTY = stories(0, 50)
 
 
 @pytest.fixture
-def load(stories, tmp_path):
-    """Opens a text, the fifty stories or another, in windows of 16 tokens that are bytes."""
+def load(tmp_path):
+    """Opens a text, fifty stories or another, in windows of 16 tokens that are bytes."""
 
-    def opened(path=stories, valid=None, name="bytes", context=16, seed=0):
-        valid = str(valid) if valid else None
-        return TextData(str(path), valid, name, context, seed, cache=tmp_path / "tokens")
+    def opened(text=FIFTY, valid=None, name="bytes", context=16, seed=0):
+        paths = []
+        for place, content in (("text", text), ("valid", valid)):
+            path = tmp_path / place
+            if content is not None:
+                path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            paths.append(str(path) if path.exists() or place == "text" else None)
+        return TextData(*paths, name, context, seed, cache=tmp_path / "tokens")
 
     return opened
 
 
+def held(text: TextData) -> dict[str, list[str]]:
+    """The documents of each split, as texts. Every one ends with the end mark."""
+    documents = {}
+    for split in text.rows:
+        rows = text.documents(split)
+        assert all(row[-1] == text.encoding.eot_token for row in rows)
+        documents[split] = [text.encoding.decode(row[:-1].tolist()) for row in rows]
+    return documents
+
+
 # ---------------------------------------------------------------------------------- tokenizers
+
+SIZES = {"tinystories": 2048, "bytes": 257}
 
 AWKWARD = ["", "  ", "a  ", "\n", "\r\n\r\n x", "I'm 's's'LL it'll", "½²Ⅷ٣ 12a3", "#\u0301\u00ad"]
 AWKWARD += ["\x00\x1c\x85", "naïve 🦊👩‍👩‍👧", "\U0010ffff\ufeff", f"text {END}\n"]
 
 
-@pytest.mark.parametrize(("name", "size"), [("tinystories", 2048), ("bytes", 257)])
-def test_decoding_gives_the_text_back(name, size):
+@pytest.mark.parametrize("name", SIZES)
+def test_decoding_gives_the_text_back(name):
     """Every text has tokens, even one with an end-of-text mark inside, and they decode to it."""
     encoding = tokenizer(name)
-    assert encoding.n_vocab == size and encoding.eot_token == size - 1
+    assert encoding.n_vocab == SIZES[name] and encoding.eot_token == SIZES[name] - 1
     for text in AWKWARD:
         tokens = encoding.encode_ordinary(text)
         assert encoding.decode(tokens) == text
@@ -56,11 +72,23 @@ def test_decoding_gives_the_text_back(name, size):
 
 
 @pytest.mark.full
-def test_training_a_tokenizer(stories, tmp_path, monkeypatch):
+def test_only_long_runs_are_cut():
+    """Runs of millions of alike characters are tokenised; what has none keeps its tokens."""
+    encoding = tokenizer()
+    plain = "".join(f"{i} foxes, {'!' * (i % 50)}\n{' ' * (i % 99)}" for i in range(9000))
+    assert texts.encode(encoding, plain) == encoding.encode_ordinary(plain)
+    for character in " \n-a7é":
+        text = f"so {character * (LONGEST * 40)} it is"
+        assert encoding.decode(texts.encode(encoding, text)) == text
+
+
+@pytest.mark.full
+def test_training_a_tokenizer(tmp_path, monkeypatch):
     """Training learns frequent words and not END, and has the bytes first."""
     pytest.importorskip("tokenizers")
     monkeypatch.setattr(texts, "RANKS", tmp_path / "ranks")
-    texts.RANKS.write_bytes(train_tokenizer(stories, 280))
+    (tmp_path / "text").write_text(FIFTY, encoding="utf-8")
+    texts.RANKS.write_bytes(train_tokenizer(tmp_path / "text", 280))
     encoding = tokenizer("tinystories")
     tokens = [encoding.decode_single_token_bytes(token) for token in range(280)]
     assert sorted(tokens[:256]) == [bytes([byte]) for byte in range(256)]
@@ -92,32 +120,54 @@ def test_tokenizers_by_name(monkeypatch):
 # ----------------------------------------------------------------------------- splits, batches
 
 
-def test_text_batches(load, stories):
+def test_text_batches(load):
     """Targets are the tokens that follow; a batch depends on (seed, step) alone; the splits hold
-    every byte once."""
+    every document once."""
     text = load(seed=1)
     tokens, targets = text.batch(0, 8)
     assert tokens.shape == targets.shape == (8, 16)
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
     assert torch.equal(tokens, load(seed=1).batch(0, 8)[0])
     assert not torch.equal(tokens, text.batch(1, 8)[0])
-    whole = np.concatenate([text.rows[split] for split in ("train", "dev", "test")])
-    without_ends = bytes(whole[whole < 256].astype(np.uint8))
-    assert without_ends == stories.read_bytes().replace(f"\n{END}\n".encode(), b"")
+    documents = "".join(f"{row}\n{END}\n" for rows in held(text).values() for row in rows)
+    assert documents == FIFTY
 
 
-@pytest.mark.parametrize(("held_back", "dev"), [(5, 1), (2499, 500), (3000, 500)])
-def test_dev_comes_first(load, tmp_path, held_back, dev):
-    """Of a validation text the first 500 documents, or the first fifth, are dev, the rest test."""
-    valid = tmp_path / "valid.txt"
-    lines = [f"Document number {i}\n{END}\n" for i in range(held_back)]
-    valid.write_text("".join(lines), encoding="utf-8")
-    text = load(valid=valid)
-    assert len(text.documents("train")) == 50 and len(text.documents("dev")) == dev
-    for i, row in enumerate(text.documents("dev") + text.documents("test")):
-        assert row[-1] == 256
-        assert text.encoding.decode(row[:-1].tolist()) == f"Document number {i}"
-    assert i == held_back - 1
+SPLITS = {  # training text, validation text -> documents of train, dev, test
+    "nothing twice": (stories(0, 60), stories(60, 160), (60, 20, 80)),
+    "a few": (FIFTY, stories(50, 55), (50, 1, 4)),
+    "many": (FIFTY, stories(50, 3050), (50, 500, 2500)),
+    "validation twice": (stories(0, 60), stories(50, 160), (60, 12, 88)),
+    "twice within it": (stories(0, 60), stories(60, 110) * 2, (60, 20, 60)),
+    "text twice": (stories(0, 100) + stories(0, 10) + stories(100, 110), None, (108, 1, 9)),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_documents_that_are_held_out(name, load, capsys):
+    """Of a validation text the first 500 documents, or the first fifth, are dev, the rest test.
+
+    No document stands in two splits: those that would are left out, and it is said.
+    """
+    text, valid, sizes = SPLITS[name]
+    documents = held(load(text, valid))
+    for first, second in itertools.combinations(documents.values(), 2):
+        assert not {*first} & {*second}
+    assert tuple(len(rows) for rows in documents.values()) == sizes
+    assert ("left out" in capsys.readouterr().err) == ("twice" in name and "nothing" not in name)
+    if "twice" not in name:
+        assert "".join(f"{row}\n{END}\n" for row in documents["dev"] + documents["test"]) == valid
+
+
+def test_a_book_is_split_by_place(load, capsys):
+    """One long document, or few or short ones: all of it is used once, and it is said."""
+    book = "".join(f"line {i}\n" for i in range(500))
+    task = load(book)
+    tokens = [token for row in task.rows.values() for token in row.tolist()]
+    assert bytes(tokens[:-1]) == book.strip().encode() and tokens[-1] == 256
+    assert [len(row) for row in task.rows.values()] == [3951, 87, 352]
+    assert "text is split by place" in capsys.readouterr().err
+    assert len(task.problems("dev").labels) == 0
 
 
 def test_whole_splits(load):
@@ -135,10 +185,9 @@ def test_whole_splits(load):
 def test_bits_per_byte(load, name):
     """The bytes of the tokens of a split are those of its text; END counts none."""
     text = load(name=name)
-    for split, row in text.rows.items():
-        documents = [text.encoding.decode(row[:-1].tolist()) for row in text.documents(split)]
-        n_bytes = sum(len(document.encode()) for document in documents)
-        assert int(text.token_bytes[row.astype(np.int64)].sum()) == n_bytes
+    for split, documents in held(text).items():
+        tokens = text.rows[split].astype(np.int64)
+        assert int(text.token_bytes[tokens].sum()) == len("".join(documents).encode())
 
 
 def test_presets_start_from_the_toy():
@@ -150,49 +199,80 @@ def test_presets_start_from_the_toy():
 # ------------------------------------------------------------------------------- files of tokens
 
 
-def test_tokenised_once(load, stories, tmp_path, monkeypatch):
+def test_tokenised_once(load, tmp_path, monkeypatch):
     """The second time tokens come from their file, even for a copied text."""
     first = load().rows["train"]
     assert first.dtype == np.uint16
-    copy = tmp_path / "copy.txt"
-    copy.write_bytes(stories.read_bytes())
+    (tmp_path / "text").rename(tmp_path / "other")
     with monkeypatch.context() as patch:
         patch.setattr(texts, "write_tokens", None)
-        assert np.array_equal(load(copy).rows["train"], first)
-    copy.write_text(f"{stories.read_text('utf-8')}One more\n{END}\n", encoding="utf-8")
-    load(copy)  # another text, and another tokenizer, have files of their own
+        assert np.array_equal(load().rows["train"], first)
+    load(stories(0, 51))  # another text, and another tokenizer, have files of their own
     load(name="tinystories")
     assert len(list((tmp_path / "tokens").iterdir())) == 3
 
 
-def test_documents_of_any_line_ends(tmp_path):
-    """END ends a document only where it is alone on a line; \\r\\n is a line end, and the last END
-    may be missing, however the blocks fall in which the file is read."""
-    path, long = tmp_path / "text.txt", "x" * (2**20 - 8)
-    text = f"{long}\n{END}\r\n a {END}\n{END} b\r\n{END} \n{END}\n\n{END}\nlast"
-    path.write_bytes(text.encode())
-    documents = [(long, True), (f"a {END}\n{END} b", True), ("last", True)]
-    assert list(texts.documents(path)) == documents
+def test_a_text_that_grows_is_not_kept(load, tmp_path, monkeypatch):
+    """Tokens of a text that changes while it is read have no name: they are made again."""
+    documents = texts.documents
+
+    def growing(path):
+        for document in documents(path):
+            yield document
+            Path(path).write_text(stories(0, 60), encoding="utf-8")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(texts, "documents", growing)
+        with refused("changed while it was tokenised"):
+            load()
+    assert not [*tmp_path.glob("tokens/*")]
+    assert sum(map(len, held(load(None)).values())) == 60
+
+
+LONG = "x" * (2**20 - 8)
+UGLY = {  # bytes -> the documents that they hold
+    "byte-order mark": (b"\xef\xbb\xbf<|endoftext|>\n\xef\xbb\xbfone\n", ["one"]),
+    "line ends": (b"one\r\ntwo\r\n<|endoftext|>\r\nthree\rfour", ["one\ntwo", "three\nfour"]),
+    "blanks": (b" " * (BLOCK_SIZE + 5) + b"one" + b"\n" * BLOCK_SIZE + b"<|endoftext|>\n", ["one"]),
+    "long lines": (b"word " * BLOCK_SIZE, ["word " * (BLOCK_SIZE - 1) + "word"]),
+    "many lines": (b"word\n" * BLOCK_SIZE, ["word\n" * (BLOCK_SIZE - 1) + "word"]),
+    "end marks": (
+        f"{LONG}\n{END}\r\n a {END}\n{END} b\r\n{END} \n{END}\n\n{END}\nlast".encode(),
+        [LONG, f"a {END}\n{END} b", "last"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*list(UGLY)[:2], *full(*list(UGLY)[2:])])
+def test_texts_as_people_have_them(name, tmp_path):
+    """Marks, line ends and blanks are no text. END ends a document where it is alone on a line, and
+    the last may be missing. A document of any size comes in blocks, wherever they fall."""
+    content, expected = UGLY[name]
+    (tmp_path / "text").write_bytes(content)
+    documents, text = [], ""
+    for block, ended in texts.documents(tmp_path / "text"):
+        assert len(block) <= BLOCK_SIZE + 2**20
+        text += block
+        if ended:
+            documents.append(text)
+            text = ""
+    assert text == "" and [words.rstrip() for words in documents] == expected
 
 
 BAD = {  # message -> the content of a text file, if there is one
     "no such text file: ": None,
-    "bad.txt (0 bytes) holds no text": b"",
+    "text (0 bytes) holds no text": b"",
     "has 12 tokens; a context of 16 needs 17": b"One long text",
-    "bad.txt is not UTF-8: invalid start byte 0xff; convert it": b"good\xff\xfebad",
+    "text is not UTF-8: invalid start byte 0xff; convert it": b"good\xff\xfebad",
     "has 1 tokens; a context of 16": f"too short\n{END}\n".encode() * 9,
 }
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("message", BAD)
-def test_bad_text(load, tmp_path, message):
+@pytest.mark.parametrize("message", full(*BAD))
+def test_bad_text(message, load, tmp_path):
     """A text that cannot be learnt from is refused, and leaves no half file."""
-    path = tmp_path / "bad.txt"
-    if BAD[message] is not None:
-        path.write_bytes(BAD[message])
     with refused(message):
-        load(path)
+        load(BAD[message])
     assert "a context of 16" in message or not list(tmp_path.glob("tokens/*"))
 
 
@@ -200,17 +280,14 @@ def test_bad_text(load, tmp_path, message):
 
 
 def test_download(monkeypatch):
-    """The training text comes first, then the validation text."""
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *names, repo_type: names)
-    names = ("TinyStories-train.txt", "TinyStories-valid.txt")
-    assert tinystories() == [("roneneldan/TinyStories", name) for name in names]
-
-
-def test_failed_download(monkeypatch):
-    """A download that fails is told in one line, with what to do."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    """The training text comes first, then the validation text; a failure is told in one line."""
+    hub = pytest.importorskip("huggingface_hub")
     constants = pytest.importorskip("huggingface_hub.constants")
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "hf_hub_download", lambda *names, repo_type: names)
+        names = ("TinyStories-train.txt", "TinyStories-valid.txt")
+        assert tinystories() == [("roneneldan/TinyStories", name) for name in names]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "nowhere")
     hint = "check the network, or use --data-file"

@@ -1,13 +1,18 @@
-"""Small tools: intervals, packages that are missing, flags."""
+"""Command lines and small tools: intervals, packages that are missing, flags."""
 
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from by_hand import refused
+from by_hand import full, refused
 from scipy import stats
 
+import eval as eval_py
+import train_toy
 from lab.tools import cli, statistics
+from lab.tools.settings import TrainConfig, commands_left
 from moe import MoEConfig
 
 
@@ -40,14 +45,62 @@ def test_without_scipy(monkeypatch):
     assert low < high
 
 
-def test_wrong_flags_get_a_hint():
-    """An unknown flag is answered with the nearest that there is, in a group or not."""
+def test_flags_of_every_type():
+    """Tuples, numbers that may be none, and switches."""
     parser = cli.Parser("tool")
     cli.add_flags(parser, MoEConfig)
-    with refused("unknown flag --topk; did you mean --top-k?", error=cli.Usage):
-        parser.parse(["--topk", "3"])
     assert parser.parse(["--dense-layers", "0,2", "--n-kv-heads", "none", "--no-tied"]) == {
         "dense_layers": (0, 2),
         "n_kv_heads": None,
         "tied": False,
     }
+
+
+def test_commands_are_for_a_shell():
+    """What is printed can be pasted, whatever a folder is called."""
+    words = ["python", "train_toy.py", "--resume", "it's my run; $HOME"]
+    assert shlex.split(cli.command(*words)) == words
+    train = TrainConfig(seed=4, seeds=3, twin=True)
+    left = commands_left(["--out", "my run"], train, 5, "moe")
+    flags = [shlex.split(line)[4:] for line in left]
+    assert flags == [
+        ["--no-twin", "--model", "dense", "--seed", "5", "--seeds", "1"],
+        ["--seed", "6", "--seeds", "1"],
+    ]
+
+
+MISTAKES = {  # command line -> exit code, what is said
+    "train_toy --step 5": (2, "unknown flag --step; did you mean --steps?"),
+    "train_toy --d-model 30": (2, "d_model 30 does not divide into 4 heads: try 32"),
+    "eval choise": (2, "did you mean choice?"),
+    "train_toy --data skils": (2, "'skils' is not one of skills, composition, tinystories, text;"),
+    "train_toy --steps 0": (2, "steps is 0; it must be at least 1"),
+    "train_toy --top-k 20": (2, "top_k 20 is more than the 16 experts"),
+    "train_toy --top-k 1 --norm-topk": (2, "the router gets no gradient; use"),
+    "train_toy --preset cartesian --twin": (2, "a preset has no dense twin"),
+    "train_toy --preset smoe_top3 --d-model 16": (2, "fine_grained at n_experts 15, d_expert 64"),
+    "train_toy --data text": (2, "needs --data-file"),
+    "train_toy --router nowhere:Mine": (1, "nowhere cannot be imported"),
+    "eval": (2, "expected a command: perplexity, routing, sample, cloze"),
+    "eval routing --spilt test": (2, "unknown flag --spilt; did you mean --split?"),
+    "eval remix --methods NDG": (2, "unknown method 'NDG'; did you mean NGD?"),
+    "eval perplexity": (1, "no run in out/: train one with python train_toy.py"),
+    "eval perplexity nowhere": (1, "nowhere holds no run"),
+}
+for flag in ("batch", "d-model", "n-layers", "n-experts", "d-expert", "d-shared"):
+    MISTAKES[f"train_toy --{flag} {2**33}"] = (1, "need at least")  # before anything is made
+for flag in ("resume", "out", "data-file", "router"):
+    MISTAKES[f"train_toy --{flag}="] = (2, "is empty; leave it out")  # it starts no other run
+NUMBERS = ["threads=0", "threads=99999999999", "tokens=0", "temperature=nan", "temperature=-1.0"]
+for number in [*NUMBERS, "seed=-1", f"seed={2**64}"]:  # before anything is opened
+    told = "--{} is {}; expected a number from".format(*number.split("="))
+    MISTAKES[f"eval sample --{number}"] = (2, told)
+
+
+@pytest.mark.parametrize("line", [*list(MISTAKES)[:3], *full(*list(MISTAKES)[3:])])
+def test_wrong_usage(line, call, complaint):
+    """A mistake is told in one line, and makes no file; exit code 2 for usage, 1 for failure."""
+    code, message = MISTAKES[line]
+    name, _, flags = line.partition(" ")
+    assert call({"train_toy": train_toy, "eval": eval_py}[name], flags) == code
+    assert message in complaint() and not Path("out").exists()

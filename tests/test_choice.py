@@ -246,14 +246,13 @@ def test_prompts(folder):
 
 @pytest.mark.full
 @pytest.mark.parametrize("form", ["letters", "full"])
-def test_scores_equal_transformers(form, folder, tmp_path, capsys, monkeypatch):
+def test_scores_equal_transformers(form, folder, flags, capsys, monkeypatch):
     """Log-likelihoods are those of transformers on one prompt at a time; a rerun continues."""
     theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = hf.load(folder)[1]
     monkeypatch.setattr(choice, "MOST_TOKENS", 300)  # in several batches
-    out = tmp_path / "answers.jsonl"
-    flags = ["--model", str(folder), "--task", "arc_easy", "--form", form, "--out", str(out)]
-    flags += ["--data-file", write(tmp_path / "rows", rows(12))]
+    out = Path("answers.jsonl")
+    flags = [*flags[:6], "--form", form, "--out", str(out)]
     assert choice.main(flags) == 0
     report = capsys.readouterr().out
 
@@ -306,22 +305,28 @@ def test_letters_as_problems(folder):
     assert problems.labels[1] == problems.options[1, items[1].answer]
 
 
-def test_remixing_a_checkpoint(folder, tmp_path, capsys, monkeypatch):
-    """Base answers as it does without C3PO. A rerun continues, and says the same."""
+@pytest.fixture
+def flags(folder, tmp_path, monkeypatch):
+    """Six flags to score twelve questions, six to re-mix them by thirty solved ones."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(remixed, "BLOCK", 5)
-    solved = [ARC | {"question": f"{i}?", "answerKey": "ABC"[i % 3]} for i in range(30)]
-    flags = ["--model", str(folder), "--task", "arc_easy"]
-    flags += ["--data-file", write(tmp_path / "rows", rows(12))]
-    choice.main(flags)
-    share = re.search(r"letters +(\S+%)", capsys.readouterr().out)[1]
+    solved = []
+    for i in range(30):
+        solved.append(ARC | {"question": f"{i}{'?' * (i % 9)}", "answerKey": "ABC"[i % 3]})
+    scoring = ["--model", str(folder), "--task", "arc_easy"]
+    scoring += ["--data-file", write(tmp_path / "rows", rows(12))]
+    remixing = ["--references", "arc_challenge", "--steps", "2"]
+    return [*scoring, *remixing, "--reference-files", write(tmp_path / "solved", solved)]
 
-    flags += ["--references", "arc_challenge", "--method", "ngd,oracle", "--steps", "3"]
-    flags += ["--reference-files", write(tmp_path / "solved", solved)]
+
+def test_remixing_a_checkpoint(flags, capsys, monkeypatch):
+    """Base answers as it does without C3PO. A rerun continues, and says the same."""
+    monkeypatch.setattr(remixed, "BLOCK", 5)
+    choice.main(flags[:6])
+    share = re.search(r"letters +(\S+%)", capsys.readouterr().out)[1]
 
     def report():
         """What is printed, but for the column of times."""
-        assert choice.main(flags) == 0
+        assert choice.main([*flags, "--method", "ngd,oracle"]) == 0
         lines = capsys.readouterr().out.splitlines()
         return [re.sub(r" +(ms|-+|[0-9.]+) *$", "", line).split() for line in lines]
 
@@ -338,42 +343,32 @@ def test_remixing_a_checkpoint(folder, tmp_path, capsys, monkeypatch):
     assert report() == first
 
 
-@pytest.fixture
-def remixed_flags(folder, tmp_path, monkeypatch):
-    """Flags of a comparison of twelve questions, by thirty solved ones, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    solved = [ARC | {"question": f"{i}{'?' * (i % 9)}"} for i in range(30)]
-    flags = ["--model", str(folder), "--task", "arc_easy", "--references", "arc_challenge"]
-    flags += ["--data-file", write(tmp_path / "rows", rows(12)), "--steps", "2"]
-    return [*flags, "--reference-files", write(tmp_path / "solved", solved)]
-
-
 @pytest.mark.full
-def test_references_are_known_by_content(folder, remixed_flags, tmp_path, monkeypatch):
+def test_references_are_known_by_content(folder, flags, tmp_path, monkeypatch):
     """Other questions that are asked need no other references; another model or dtype does."""
 
     def reference_files():
         return set(Path("out/choice").glob("*-references-*.safetensors"))
 
-    choice.main(remixed_flags)
+    choice.main(flags)
     first = reference_files()
     with monkeypatch.context() as patch:
         patch.setattr(ReferenceSet, "build", None)
-        choice.main([*remixed_flags, "--limit", "3", "--task", "arc_challenge"])
-    choice.main([*remixed_flags, "--dtype", "bfloat16"])
+        choice.main([*flags, "--limit", "3", "--task", "arc_challenge"])
+    choice.main([*flags, "--dtype", "bfloat16"])
     shutil.copytree(folder, tmp_path / "checkpoint")
     model, _ = hf.load(folder)
     with torch.no_grad():
         model.norm.weight[0] += 1
     hf.save(model, tmp_path / "saved")
     shutil.copy(tmp_path / "saved/model.safetensors", tmp_path / "checkpoint")
-    choice.main([*remixed_flags, "--model", str(tmp_path / "checkpoint")])
+    choice.main([*flags, "--model", str(tmp_path / "checkpoint")])
     assert len(reference_files()) == 3
     assert first < reference_files()
 
 
 @pytest.mark.full
-def test_references_after_a_kill(remixed_flags, monkeypatch):
+def test_references_after_a_kill(flags, monkeypatch):
     """A build that is killed half way goes on where it was, and ends in the same set."""
     monkeypatch.setattr(prompts, "MOST_TOKENS", 150)
     monkeypatch.setattr(references, "KEEP_SECONDS", 0)
@@ -386,7 +381,7 @@ def test_references_after_a_kill(remixed_flags, monkeypatch):
         return read(*given)
 
     monkeypatch.setattr(Tail, "read", counted)
-    choice.main(remixed_flags)
+    choice.main(flags)
     n_calls = len(calls)
     (path,) = Path("out/choice").glob("*-references-*.safetensors")
     expected = read_about(path)  # with the checksum of all tensors
@@ -394,17 +389,17 @@ def test_references_after_a_kill(remixed_flags, monkeypatch):
 
     calls.clear()
     last_call = 4
-    assert child(partial(choice.main, remixed_flags))[0] == -signal.SIGKILL
+    assert child(partial(choice.main, flags))[0] == -signal.SIGKILL
     assert not path.exists()
     assert path.with_suffix(".part").exists()
     last_call = math.inf
-    choice.main(remixed_flags)
+    choice.main(flags)
     assert len(calls) == n_calls - 3
     assert read_about(path) == expected
     assert not path.with_suffix(".part").exists()
 
 
-def test_nothing_is_read_twice(folder, remixed_flags, monkeypatch):
+def test_nothing_is_read_twice(folder, flags, monkeypatch):
     """Base and all methods share what they read of prompts and neighbours; answers are the same."""
     read, hashed = [], []
     cut, digest = Tail.cut, references.digest
@@ -422,7 +417,7 @@ def test_nothing_is_read_twice(folder, remixed_flags, monkeypatch):
     monkeypatch.setattr(references, "digest", counted_digest)
     monkeypatch.setattr(remixed, "BLOCK", 5)
     methods = ["--method", "ngd,kernel_regression,oracle"]
-    choice.main([*remixed_flags, *methods])
+    choice.main([*flags, *methods])
     assert len(read) == len(set(read)) >= 12
     assert sum(hashed) == len(list(hf.load(folder)[0].parameters()))
 
@@ -447,11 +442,9 @@ def test_shared_work_changes_nothing(method, folder):
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["scoring", "re-mixing"])
-def test_two_processes(kind, remixed_flags, run_program, tmp_path):
+def test_two_processes(kind, flags, run_program, tmp_path):
     """Two processes share the questions: the same table, files and kept answers as of one."""
-    flags = [*remixed_flags, "--threads", "1"]
-    if kind == "scoring":
-        flags = ["--model", flags[1], "--data-file", str(tmp_path / "rows")]
+    flags = [*(flags if kind == "re-mixing" else flags[:6]), "--threads", "1"]
     program = Path(__file__).with_name("choice_in_small_blocks.py")
 
     def outcome(processes):

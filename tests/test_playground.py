@@ -40,7 +40,6 @@ def called(browser, name: str, *values):
 @pytest.fixture(scope="module")
 def browser():
     with Browser() as browser:
-        browser.open(DOCS)
         yield browser
 
 
@@ -59,6 +58,7 @@ def arena():
 @needs_browser
 def test_page_equals_remix(browser, arena):
     """Neighbours, pathways and answers of every method are those of remix.py, for 50 prompts."""
+    browser.open(DOCS)
     generator = torch.Generator().manual_seed(0)
     tokens, labels, near = arena.tokens, arena.labels, arena.neighbours
     wrong = (labels + torch.randint(1, 16, labels.shape, generator=generator)) % 16

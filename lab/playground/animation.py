@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from data import SkillsTask
-from lab.playground.page import assemble, data_of, model_of, references_of, unpacked
+from lab.playground.page import assemble, data_of, helpers_of, model_of, unpacked
 from lab.tools import cli
-from lab.tools.figures import BLUE, GREY, INK, ORANGE
+from lab.tools.figures import BLUE, GREEN, GREY, INK, ORANGE
 from lab.tools.files import write
 from pathways import Tail
 from remix import RemixConfig, ngd, remix
@@ -28,7 +28,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLE = DOCS.parent / "results" / "example.txt"
 BETWEEN = 5  # frames from one step to the next
 MOVING, FIRST, LAST = 90, 2000, 4000  # milliseconds that a frame is shown
-GREEN, LIGHT = "#009E73", "#f6c99f"
+LIGHT = "#f6c99f"
 
 
 class Walk(NamedTuple):
@@ -46,7 +46,7 @@ class Walk(NamedTuple):
 def walk(data: dict) -> Walk:
     """Re-mix the first prompt of a page of the skills task, and note every step."""
     model, task = model_of(data), SkillsTask(0)
-    references = references_of(model, task)
+    references = helpers_of(model, task)
     tokens = torch.from_numpy(unpacked(data["prompts"]["tokens"])[None, :4].astype(np.int64))
     steps = []
 

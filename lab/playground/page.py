@@ -16,7 +16,7 @@ import torch
 
 from data import SKILLS, Problems
 from lab.composing.presets import build_model
-from lab.remixing.arena import selected
+from lab.remixing.arena import references_of, selected
 from lab.remixing.methods import METHODS
 from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
@@ -65,7 +65,7 @@ def page_data(model, task, name: str) -> dict:
     halves = torch.cat([weight.detach().flatten() for weight in weights.values()]).half()
     settings = RemixConfig(**task.remix_settings | METHODS["NGD"].tuned.get(task.name, {}))
     skills = task.name == "skills"
-    references, asked = references_of(model, task), problems_of(task)
+    references, asked = helpers_of(model, task), problems_of(task)
     if skills:
         asked = selected(asked, helped_most(model, asked, references, settings))
     return {
@@ -132,16 +132,12 @@ def problems_of(task) -> Problems:
     return selected(asked, torch.arange(MOST_STORIES))
 
 
-def references_of(model, task) -> ReferenceSet | None:
+def helpers_of(model, task) -> ReferenceSet | None:
     """Solved problems that may help: of a text those of dev; None where it has no questions."""
     solved = task.problems("reference" if task.name == "skills" else "dev")
     if len(solved.labels) == 0:
         return None
-    prompts = as_tuples(solved.tokens, solved.lengths)
-    corpus = task.corpus()
-    if corpus is not None:
-        corpus = as_tuples(*corpus)
-    return ReferenceSet.build(model, prompts, solved.labels, solved.options, corpus)
+    return references_of(model, task, solved)
 
 
 def reference_data(references: ReferenceSet | None, k: int) -> dict | None:

@@ -80,10 +80,6 @@ class Arena:
         answer = best_token(result.logits, self.options)
         return float((answer == self.labels).float().mean())
 
-    def first(self, n: int) -> "Arena":
-        """An arena of the first n prompts only."""
-        return self.only(slice(n))
-
     def only(self, rows) -> "Arena":
         """An arena of some prompts only: a slice, or a mask (n,) of those that are kept."""
         changes = {"about": None}
@@ -194,6 +190,7 @@ def arena_of(folder: Path, split: str, most=None, given=None, strict=False, rout
     most: so many prompts, drawn at random. given: fields of RemixConfig. strict: no reference
     shares an operand with the prompt that it is to help (skills task only). router: the class of
     the run's routers, where it is your own. ValueError: fewer than 20 prompts, or no operands."""
+    # Open the run, and the problems of its task.
     model, train = runs.load_run(folder, router)
     task = load_task(train, model.config.context)
     asked, solved = task.problems(split), task.problems("reference")
@@ -215,16 +212,11 @@ def arena_of(folder: Path, split: str, most=None, given=None, strict=False, rout
     if not all(new):
         note(f"{new.count(False)} of {len(new)} references of {folder} are asked, too: left out")
         solved = selected(solved, torch.tensor(new).nonzero()[:, 0])
-    corpus = task.corpus()
-    if corpus is not None:
-        corpus = as_tuples(*corpus)
-    prompts = as_tuples(solved.tokens, solved.lengths)
-    references = ReferenceSet.build(model, prompts, solved.labels, solved.options, corpus)
     return Arena(
         model,
         asked.tokens,
         asked.labels,
-        references,
+        references_of(model, task, solved),
         RemixConfig(**task.remix_settings | (given or {})),
         asked.lengths,
         asked.options,
@@ -245,6 +237,15 @@ def selected(problems: Problems, rows) -> Problems:
     if about is not None:
         about = Prompts(*(column[rows] for column in about))
     return Problems(tokens, lengths, problems.labels[rows], options, about)
+
+
+def references_of(model, task, solved: Problems) -> ReferenceSet:
+    """Solved problems of a task as references of a model."""
+    corpus = task.corpus()
+    if corpus is not None:
+        corpus = as_tuples(*corpus)
+    prompts = as_tuples(solved.tokens, solved.lengths)
+    return ReferenceSet.build(model, prompts, solved.labels, solved.options, corpus)
 
 
 def share_operands(asked: Problems, solved: Problems):

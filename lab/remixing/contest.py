@@ -28,10 +28,12 @@ def compete(arena: Arena, names, given: dict | None = None, share=False) -> dict
 
     share: each of several processes judges some of the methods."""
     outcomes = {"base": judged(arena, own_answers)}
+
+    # Every method of ours, and then those of the other processes.
     ours = names[processes.rank() :: processes.count()] if share else names
     for name in tqdm(ours, leave=False, disable=None, desc="methods"):
-        target = METHODS[name].target
-        target = None if target is None else target(arena)
+        target_of = METHODS[name].target
+        target = target_of(arena) if target_of else None
         method = partial(run_method, name, given=given)
         outcomes[name] = judged(arena, method, target)
     if share:
@@ -45,6 +47,7 @@ def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None
 
     clusters: for each run (n,), see `Arena.clusters`. kept: for each run (n,) bool, the prompts
     that count; None: all. Fixed: of the wrong; broken: of the right; each: each run's accuracy."""
+    # What the model answers by itself, of the prompts that count.
     if kept is None:
         kept = [np.ones(len(cluster), bool) for cluster in clusters]
     clusters = [cluster[mask] for cluster, mask in zip(clusters, kept, strict=True)]
@@ -52,6 +55,7 @@ def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None
 
     rows = {}
     for name in runs[0]:
+        # What a method answers, run by run.
         right, changed, ms = [], [], []
         for run, mask in zip(runs, kept, strict=True):
             outcome = run[name]
@@ -59,6 +63,7 @@ def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None
             changed.append(outcome.changed[mask].mean())
             ms.append(1000 * outcome.seconds / len(outcome.right))
 
+        # Its gain, and how sure that is.
         gains = [after.astype(float) - base for after, base in zip(right, before, strict=True)]
         low, high = statistics.bootstrap(gains, clusters)
         accuracies = [float(answers.mean()) for answers in right]
@@ -88,20 +93,12 @@ def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title:
             outcomes["larger, dense"] = larger_model(arena, beside[i])
         runs.append(outcomes)
 
-    # Every method on all prompts, and on subsets of them.
+    # Every method on all prompts, and on subsets of them; what it costs, on some of them.
     clusters = [arena.clusters for arena in arenas]
     rows = pooled(runs, clusters)
-    divided = [subset_masks(arena) for arena in arenas]
-    gains, sizes = {}, {}
-    for subset in divided[0]:
-        kept = [masks[subset] for masks in divided]
-        if not all(mask.any() for mask in kept):
-            continue  # a run has no such prompt
-        gains[subset] = pooled(runs, clusters, kept)
-        sizes[subset] = float(np.mean([mask.mean() for mask in kept]))
-
+    gains, sizes = pooled_subsets(runs, arenas)
     n = len(arenas[0].labels)
-    multiples, once = costs_in_passes(arenas[0].first(64), names, given, n)
+    multiples, once = costs_in_passes(arenas[0].only(slice(64)), names, given, n)
     result = {
         "title": title,
         "runs": [folder.name for folder in folders],
@@ -116,16 +113,30 @@ def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title:
         "duplicates": sum(dropped_copies(arena) for arena in arenas),
         "alone": sum(int((arena.neighbours.weight.sum(1) == 0).sum()) for arena in arenas),
     }
+
+    # Where the readings differ, the declared tests, and one prompt as an example.
     if "the two readings differ" in gains:
-        result["errors"] = {}
-        for name in ("base", *SHOWN):
-            if name in rows:
-                outcomes = [run[name] for run in runs]
-                result["errors"][name] = mistake_shares(outcomes, arenas)
+        shown = [name for name in ("base", *SHOWN) if name in rows]
+        outcomes = {name: [run[name] for run in runs] for name in shown}
+        result["errors"] = {name: mistake_shares(outcomes[name], arenas) for name in shown}
     if len(runs) > 2:
         result["p"], result["ahead"] = declared_tests(rows)
     result["example"] = largest_gain(arenas[0], given)
     return result
+
+
+def pooled_subsets(runs: list[dict[str, Outcome]], arenas: list[Arena]) -> tuple[dict, dict]:
+    """Every method on subsets of the prompts: subset -> the rows of `pooled`, and their sizes, the
+    shares of all prompts. A subset that one of the runs lacks is left out."""
+    clusters = [arena.clusters for arena in arenas]
+    divided = [subset_masks(arena) for arena in arenas]
+    gains, sizes = {}, {}
+    for subset in divided[0]:
+        kept = [masks[subset] for masks in divided]
+        if all(mask.any() for mask in kept):
+            gains[subset] = pooled(runs, clusters, kept)
+            sizes[subset] = float(np.mean([mask.mean() for mask in kept]))
+    return gains, sizes
 
 
 def declared_tests(rows: dict[str, dict]) -> tuple[dict, dict]:
@@ -159,7 +170,7 @@ def costs_in_passes(arena: Arena, names, given: dict, n: int) -> tuple[dict, dic
     """The floating-point operations of each method, everything included, in forward passes of base:
     those for a prompt, and of them those that are paid once, which n prompts share."""
     size = len(arena.labels)
-    half = arena.first(size // 2)
+    half = arena.only(slice(size // 2))
     forward = count_operations(partial(own_answers, arena)) / size
     multiples, once = {"base": 1.0}, {}
     for name in tqdm(names, leave=False, disable=None, desc="operations"):
@@ -204,6 +215,7 @@ def largest_gain(arena: Arena, given: dict) -> dict:
     after = result.logits.softmax(-1).gather(1, label)[:, 0]
     best = int((after - before).argmax())
 
+    # Its pathways, and those of its neighbours.
     pathways = {
         "the model's own": result.pathway_before[best],
         "after NGD": result.pathway[best],
@@ -223,9 +235,9 @@ def largest_gain(arena: Arena, given: dict) -> dict:
     }
 
 
-def taste_of_remixing(folder: Path, most: int = 200, router: type | None = None) -> str:
-    """What re-mixing does to some test prompts of a run on the skills task: a small table."""
-    arena = arena_of(folder, "test", most, router=router)
+def taste_of_remixing(folder: Path, router: type | None = None) -> str:
+    """What re-mixing does to 200 test prompts of a run on the skills task: a small table."""
+    arena = arena_of(folder, "test", most=200, router=router)
     if int(arena.references.correct.sum()) < 100:
         return "fewer than 100 references are answered right: too few to re-mix by"
     names = ("mode finding", "kernel regression", "NGD", "random neighbours", "oracle")

@@ -10,10 +10,9 @@ from matplotlib.patches import Rectangle
 
 from lab.remixing.reach import RIGHT, WRONG
 from lab.remixing.tables import WRONG_LABEL
-from lab.tools.figures import BLUE, GREY, INK, ORANGE, figure, save_figure
+from lab.tools.figures import BLUE, GREEN, GREY, INK, ORANGE, VIOLET, figure, save_figure
 from lab.tools.statistics import with_interval
 
-GREEN, VIOLET = "#009E73", "#CC79A7"
 METHOD_GROUPS = {  # what methods are -> colour, methods; all others are rivals
     "C3PO": (ORANGE, ("NGD", "kernel regression", "mode finding")),
     "our own: with references answered wrong, corrections": (

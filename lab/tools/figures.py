@@ -13,7 +13,8 @@ from lab.tools.files import whole
 
 # Colours that colour-blind readers can tell apart.
 INK, BLUE, ORANGE, GREY = "#222222", "#0072B2", "#D55E00", "#9a9a9a"
-COLOURS = (ORANGE, BLUE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK, GREY)
+GREEN, VIOLET = "#009E73", "#CC79A7"
+COLOURS = (ORANGE, BLUE, GREEN, VIOLET, "#E69F00", "#56B4E9", INK, GREY)
 
 # Scores that the loss figure shows as accuracies, where a task has them: label and colour.
 ACCURACIES = {

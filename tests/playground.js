@@ -10,7 +10,7 @@
       kernel_regression: kernelRegression(own.pathway, neighbours, near, references),
       mode_finding: modeFinding(own.pathway, near, references, settings),
       oracle: along(answerLoss(model, tokens, label)),
-      "oracle's null": along(answerLoss(model, tokens, wrong)),
+      "a wrong answer": along(answerLoss(model, tokens, wrong)),
       "random neighbours": along(neighbourLoss(model, references, { ...near, places: others })),
     };
     const answers = { own: this.answer(tokens, own.pathway) };

@@ -1,5 +1,6 @@
 """Figures of the comparison: effects, robustness, and what composed experts share."""
 
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,17 @@ MARKS = {
 }
 
 
-def effects_figure(effects: dict, margin: float, title: str, path: Path | None = None):
-    """Effects with their intervals: name -> Effect. Grey: within the margin, no difference."""
-    fig, ax = figure(6.5, 1.2 + 0.28 * len(effects))
+def effects_figure(
+    effects: dict,
+    margin: float,
+    title: str,
+    path: Path | None = None,
+    declared: str = "",
+):
+    """Effects with their intervals: name -> Effect. Grey: within the margin, no difference.
+
+    declared: the name of the one whose test was declared beforehand; it stands out."""
+    fig, ax = figure(8.4, 1.4 + 0.28 * len(effects))
     ax.axvspan(-margin, margin, color=GREY, alpha=0.25, linewidth=0)
     ax.axvline(0, color=INK, linewidth=0.8)
     style = {"marker": "o", "markersize": 4, "capsize": 2}
@@ -38,9 +47,14 @@ def effects_figure(effects: dict, margin: float, title: str, path: Path | None =
             colour = ORANGE
         ends = [[middle - low], [high - middle]]
         ax.errorbar(middle, row, xerr=ends, color=colour, **style)
-    ax.set(yticks=range(len(effects)), xlabel="perplexity, percent more or less (95 %)")
-    ax.set_title(f"{title} (grey: no difference, {margin:g} %)", fontsize=10, color=INK)
-    ax.set_yticklabels(effects)
+    ax.set_yticks(range(len(effects)), effects)
+    for name, label in zip(effects, ax.get_yticklabels(), strict=True):
+        label.set_weight("bold" if name == declared else "normal")
+    ax.set_xlabel("perplexity, percent more or less, with the 95 % interval; left is better")
+    note = f"blue: better, orange: worse, grey: within {margin:g} %, no difference"
+    if declared in effects:
+        note += "; bold: the declared test"
+    fig.suptitle(f"{title}\n{note}", fontsize=10, color=INK)
     ax.invert_yaxis()
     return save_figure(fig, path)
 
@@ -52,43 +66,80 @@ def robustness_figure(
 ):
     """Perplexity against the share of the routing mass that is lost.
 
-    models: name -> the rows of `measure_robustness`. The leading models, if any, stand out.
+    models: name -> the rows of `measure_robustness`. Where some of them lead, each of the others
+    has a small panel of its own below, with the lines of the leading ones in grey.
     """
-    fig, ax = figure(9, 5.5)
-    for index, (name, rows) in enumerate(models.items()):
-        points = {key: (row["mass"], perplexity(row["loss"])) for key, row in rows.items()}
-        style = {"color": COLOURS[index % len(COLOURS)]}
-        style["alpha"] = 0.6 if leading and name not in leading else 1.0
+    large = {name: rows for name, rows in models.items() if name in leading} or models
+    small = {name: rows for name, rows in models.items() if name not in large}
+    n_rows = -(-len(small) // 4)
+    heights = [4.4] + [1.7] * n_rows
+    size = {"nrows": 1 + n_rows, "ncols": 4, "height_ratios": heights, "squeeze": False}
+    fig, axes = figure(8.4, sum(heights), sharey="row", **size)
 
-        # The line from intact over q to top-1.
-        ends = ("intact", "top-1")
-        line = [point for key, point in points.items() if key in ends or key.startswith("q")]
-        masses, perplexities = zip(*sorted(line), strict=True)
-        dash = "-" if index < len(COLOURS) else "--"
-        width = 2 if name in leading else 1
-        ax.plot(masses, perplexities, linestyle=dash, linewidth=width, label=name, **style)
-
-        # The points of all protocols.
-        for protocol, (mass, height) in points.items():
-            key = protocol if protocol in MARKS else protocol.split()[0]
-            if key in MARKS:
-                mark, _ = MARKS[key]
-                size = {"*": 12, ".": 5}.get(mark, 4)
-                fill = "none" if mark in "*D" else "full"  # so that what coincides is seen
-                ax.plot(mass, height, mark, markersize=size, fillstyle=fill, **style)
+    # The models that lead, with all protocols.
+    grid = axes[0, 0].get_gridspec()
+    for ax in axes[0]:
+        ax.remove()
+    ax = fig.add_subplot(grid[0, :])
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8, colors=INK)
+    for (name, rows), colour in zip(large.items(), cycle(COLOURS)):
+        ax.plot(*mass_line(rows), color=colour, linewidth=2, label=name)
+        draw_protocols(ax, rows, colour)
+    shown = {mark_of(protocol) for rows in large.values() for protocol in rows}
     for mark, label in MARKS.values():
-        ax.plot([], [], mark, color=INK, markersize=5, label=label)
-
-    ax.set(yscale="log", ylabel="perplexity", xlim=(-0.01, None))
+        if mark in shown:
+            ax.plot([], [], mark, color=INK, markersize=5, label=label)
     ax.set_xlabel("share of the routing mass that is lost")
+    ax.set_title(
+        "Lower is better. Lines: first choices disabled, with probability 0 to 1", fontsize=10
+    )
+    ax.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
+    perplexity_axis(ax)
+
+    # Each of the others beside them.
+    for ax, (name, rows) in zip(axes[1:].flat, small.items(), strict=False):
+        for other in large.values():
+            ax.plot(*mass_line(other), color=GREY, linewidth=1)
+        ax.plot(*mass_line(rows), color=BLUE, linewidth=2)
+        ax.set_title(name, fontsize=8, color=INK)
+        perplexity_axis(ax)
+    for ax in axes[1:].flat[len(small) :]:
+        ax.set_visible(False)
+    return save_figure(fig, path)
+
+
+def perplexity_axis(ax):
+    """A logarithmic axis of perplexities with plain numbers."""
+    ax.set(yscale="log", xlim=(-0.01, 1.02))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
     ax.tick_params(which="minor", labelsize=6)
-    title = "Lines: each token's first choice is disabled with probability 0 to 1"
-    ax.set_title(title, fontsize=9, color=INK)
-    place = {"loc": "outside right center", "fontsize": 7, "frameon": False}
-    fig.legend(*ax.get_legend_handles_labels(), **place)
-    return save_figure(fig, path)
+    if ax.get_subplotspec().is_first_col():
+        ax.set_ylabel("perplexity", fontsize=8)
+
+
+def mass_line(rows: dict) -> tuple:
+    """From intact over q to top-1: the mass that is lost, and perplexity."""
+    keys = [key for key in rows if key in ("intact", "top-1") or key.startswith("q")]
+    points = sorted((rows[key]["mass"], perplexity(rows[key]["loss"])) for key in keys)
+    return tuple(zip(*points, strict=True))
+
+
+def mark_of(protocol: str) -> str | None:
+    """The mark of a protocol in the figure of robustness, if it has one."""
+    key = protocol if protocol in MARKS else protocol.split()[0]
+    return MARKS[key][0] if key in MARKS else None
+
+
+def draw_protocols(ax, rows: dict, colour: str):
+    """A point for each protocol; hollow where others may lie below it."""
+    for protocol, row in rows.items():
+        mark = mark_of(protocol)
+        if mark:
+            size = {"*": 12, ".": 5}.get(mark, 5)
+            look = {"markersize": size, "fillstyle": "none" if mark in "*D" else "full"}
+            ax.plot(row["mass"], perplexity(row["loss"]), mark, color=colour, **look)
 
 
 def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
@@ -129,8 +180,12 @@ def sharing_figure(rows: list[dict], title: str, path: Path | None = None):
     fig.colorbar(shade, ax=list(axes[:4, 0]), label="visits (%)", pad=0.01)
     label = "log2 of use /\nproduct of margins"
     fig.colorbar(image, ax=list(axes[:4, 1]), label=label, pad=0.01)
-    note = "bars: outputs of composed experts that the token visits; dots: of all"
-    fig.suptitle(f"{title}\n{note}", color=INK, fontsize=10)
+    notes = (
+        "top: how often tokens visit each composed expert (A_i, B_j)",
+        "middle: more often (orange) or less (violet) than if B's choice ignored A's",
+        "bottom: how alike composed experts answer (bars: those that a token visits; dots: all)",
+    )
+    fig.suptitle("\n".join((title, *notes)), color=INK, fontsize=10)
     return save_figure(fig, path)
 
 

@@ -38,6 +38,24 @@ DECLARATIONS = {  # file in results/ -> what was declared before its runs
         "claim it asks for p < 0.005."
     ),
 }
+PRESET_WORDS = {  # presets, as people call them
+    "dense": "dense, as many activated",
+    "dense_two": "dense, two sub-layers",
+    "dense_paper": "dense, the paper's",
+    "smoe_share": "top-2 and a shared expert",
+    "smoe_top3": "top-3",
+    "hash": "hash routing",
+    "top_p": "top-p routing",
+    "fine_grained": "fine-grained",
+    "fine_grained_no_shared": "fine-grained, none shared",
+    "cartesian": "Cartesian",
+    "cartesian_no_shared": "Cartesian, none shared",
+    "cartesian_parallel": "Cartesian, side by side",
+    "cartesian_chain": "Cartesian, other residual",
+    "cartesian_pairs": "Cartesian, pair by pair",
+    "cartesian_k1": "Cartesian, K = 1",
+    "cartesian_k4": "Cartesian, K = 4",
+}
 HEADER = ["runs", "parameters", "activated", "step", "dev", "test", "bits/byte", "gap", "cloze"]
 PRESETS_LEGEND = (
     f"step: a training step's time / {BASE}'s; gap: nats, test - training text; effects with the "
@@ -209,30 +227,52 @@ def robustness_overview(kinds: dict) -> str:
 def draw_comparison(lines: list[dict], steps: int, folder: Path):
     """Draw effects, robustness, and what composed experts of one run share, into a folder."""
     kinds = group_runs(lines, steps)
-    draw_effects(effects_against_base(kinds), f"Against {BASE}", folder / "effects.png")
-
+    words = kinds_in_words(kinds)
+    seeds = {name: f"{words[name]} ({len(kinds[name])} seeds)" for name in kinds}
+    effects = {seeds[name]: effect for name, effect in effects_against_base(kinds).items()}
+    title = f"Perplexity after {steps:,} steps, against fine-grained experts"
     name, ours = main_kind(kinds, "cartesian")
     base_name, _ = main_kind(kinds, BASE)
-    means = mean_robustness(kinds)
-    robustness_figure(means, folder / "robustness.png", leading=(name, base_name))
+    draw_effects(effects, title, folder / "effects.png", seeds.get(name, ""))
+
+    means = {words[kind]: rows for kind, rows in mean_robustness(kinds).items()}
+    leading = (words.get(base_name), words.get(name))
+    robustness_figure(means, folder / "robustness.png", leading)
 
     shared = [run["sharing"] for run in ours.values() if "sharing" in run]
     if shared:
-        title = f"Composed experts: {name}, one run"
+        title = "Composed experts of one run"
         sharing_figure(shared[0], title, folder / "sharing.png")
 
 
 def draw_trend(lines: list[dict], path: Path):
     """Draw the effects of cartesian against BASE over the training steps."""
     effects = effects_by_steps(lines)
-    short = {name.partition(",")[0]: effect for name, effect in effects.items()}
-    draw_effects(short, f"Cartesian against {BASE}", path)
+    short = {}
+    for name, effect in effects.items():
+        if effect:
+            words = name.partition(",")[0].replace(" (dev)", ", on dev")
+            short[f"{words} ({len(effect.each)} seeds)"] = effect
+    title = "Cartesian against fine-grained experts, at one learning rate"
+    declared = next((name for name in short if name.startswith("2500 steps")), "")
+    draw_effects(short, title, path, declared)
 
 
-def draw_effects(effects: dict[str, Effect | None], title: str, path: Path):
+def kinds_in_words(kinds: dict) -> dict[str, str]:
+    """Kinds such as "cartesian lr 0.003" as people call them: without the learning rate, but where
+    two kinds differ in nothing else."""
+    words = {}
+    for name, runs in kinds.items():
+        run = first_run(runs)
+        words[name] = PRESET_WORDS[run["preset"]] + (" with dropout" if run["dropout"] else "")
+    texts = list(words.values())
+    return {name: text if texts.count(text) == 1 else name for name, text in words.items()}
+
+
+def draw_effects(effects: dict[str, Effect | None], title: str, path: Path, declared: str = ""):
     """Draw the effects that have an interval."""
     shown = {}
     for name, effect in effects.items():
         if effect and math.isfinite(effect.high):
             shown[name] = effect
-    effects_figure(shown, MARGIN, title, path)
+    effects_figure(shown, MARGIN, title, path, declared)

@@ -18,7 +18,7 @@ from lab.pages.declared import declared_table
 from lab.pages.stored import RESULTS, stored_result, stored_runs
 from lab.remixing.figures import contest_figures, knowledge_figure, reach_figure, sweeps_figure
 from lab.remixing.knowledge import pathway_tables
-from lab.remixing.reach import reach_table
+from lab.remixing.reach import RIGHT, WRONG, reach_table
 from lab.remixing.tables import contest_report, gain_table, main_table, sweep_table
 from lab.tools import cli, figures
 from moe import MoEConfig, require
@@ -137,7 +137,11 @@ def draw_all(folder: Path):
     contest_figures(contest, str(folder / "remix"))
     knowledge = stored_result("knowledge")
     seeds = f"{len(knowledge['runs'])} seeds"
-    title = f"Where ten steps lead: nearly as often to wrong labels as to right ones ({seeds})"
+    right, wrong = (knowledge["reach"]["matched"][label]["mean"] for label in (RIGHT, WRONG))
+    title = f"Ten steps reach {right:.1%} of the right labels, and {wrong:.1%} of wrong ones\n"
+    title += (
+        f"that were as probable beforehand: a gap of {100 * (right - wrong):.1f} points ({seeds})"
+    )
     reach_figure(knowledge["reach"], title, folder / "remix-reach.png")
     title = f"What does a pathway know? Not the reading, until it is mended ({seeds})"
     knowledge_figure(knowledge, title, folder / "remix-knowledge.png")

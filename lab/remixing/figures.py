@@ -168,7 +168,7 @@ def stacked(ax, bars: dict[str, dict], colours: tuple):
                 place = (start + width / 2, height)
                 ax.text(*place, f"{width:.0f}", ha="center", va="center", color=ink, fontsize=10)
             if colour == ORANGE:
-                text = with_interval(row).replace(" (", "\n(")
+                text = with_interval(row).replace(" (", "\n(").replace("-0.0%", "0.0%")
                 ax.text(102, height, text, va="center", color=ORANGE, fontsize=9)
             start += width
 
@@ -188,12 +188,13 @@ def pathway_figure(
     title: str,
     path: Path | None = None,
     top_k: int | None = None,
+    changes: bool = True,
 ):
     """Pathways (R, E), routers by experts, side by side, the first layer at the bottom; of several
     tokens, one above the other.
 
-    rows: the names of the routers. top_k: frame what is visited, blue where the first pathway
-    does not visit it."""
+    rows: the names of the routers. top_k: frame what is visited. changes: in blue where the first
+    pathway does not visit it."""
     R, E = next(iter(pathways.values())).shape
     n = len(pathways)
     fig, axes = figure(1.0 + 2.4 * n, 1.8 + 0.26 * R, ncols=n, squeeze=False)
@@ -204,7 +205,7 @@ def pathway_figure(
         look = {"cmap": "Greys", "vmin": 0, "vmax": largest, "aspect": "auto", "origin": "lower"}
         image = ax.imshow(100 * pathway, **look)
         for r, e in sorted(visited_experts(pathway, top_k or 0)):
-            colour = ORANGE if (r, e) in first else BLUE
+            colour = BLUE if changes and (r, e) not in first else ORANGE
             box = {"fill": False, "edgecolor": colour, "linewidth": 1.8}
             ax.add_patch(Rectangle((e - 0.42, r - 0.42), 0.84, 0.84, **box))
         ax.set(xlabel="expert", xticks=range(0, E, step), yticks=range(R), yticklabels=[])
@@ -212,7 +213,8 @@ def pathway_figure(
     axes[0, 0].set_yticklabels(rows * (R // len(rows)))
     fig.colorbar(image, ax=axes[0, :], label="weight (%)", pad=0.01)
     if top_k:
-        title += "\nframed: the experts that it visits; blue: those that its own pathway does not"
+        title += "\nframed: the experts that are visited"
+        title += "; blue: those that the first pathway does not visit" if changes else ""
     fig.suptitle(title, color=INK, fontsize=10)
     return save_figure(fig, path)
 

@@ -15,27 +15,8 @@
 
 # %%
 # %matplotlib inline
-import copy
-from dataclasses import asdict
-
-import numpy as np
 import pictures
-import torch
 
-from cartesian import PAPER, TOY, CartesianConfig, CartesianTransformer, count_parameters
-from data import SkillsTask
-from lab.composing.figures import robustness_figure, sharing_figure
-from lab.composing.layers import Pairs
-from lab.composing.presets import build_model, preset
-from lab.composing.robustness import loss_at_mass, measure_robustness, robustness_table
-from lab.composing.sharing import measure_sharing, sharing_table
-from lab.tools import cli
-from lab.tools.settings import TrainConfig
-from moe import MoEConfig
-from train_toy import update
-
-torch.set_num_threads(1)
-torch.set_printoptions(precision=3, sci_mode=False, linewidth=110)
 pictures.two_blocks()
 
 # %% [markdown]
@@ -57,7 +38,30 @@ pictures.two_blocks()
 # one of N x N. That is the Cartesian product: not of outputs, but of choices. In code, a MoE block
 # has one feed-forward sub-layer, a Cartesian block has two: `CartesianTransformer.make_ffns`
 # returns `[A, B]`, and all the rest is moe.py.
-#
+
+# %%
+import copy
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from cartesian import PAPER, TOY, CartesianConfig, CartesianTransformer, count_parameters
+from data import SkillsTask
+from lab.composing.figures import robustness_figure, sharing_figure
+from lab.composing.layers import Pairs
+from lab.composing.presets import build_model, preset
+from lab.composing.robustness import loss_at_mass, measure_robustness, robustness_table
+from lab.composing.sharing import measure_sharing, sharing_table
+from lab.tools import cli
+from lab.tools.settings import TrainConfig
+from moe import MoEConfig
+from train_toy import update
+
+torch.set_num_threads(1)
+torch.set_printoptions(precision=3, sci_mode=False, linewidth=110)
+
+# %% [markdown]
 # ## One token through A and then B
 #
 # Random weights, six experts in each sub-layer, two visited in each. We make the routers decided;

@@ -623,6 +623,6 @@ print(text.format(**rows["NGD"]))
 #
 # ## Where to go next
 #
-# [Notebook 5](5_look_inside_olmoe.ipynb) opens OLMoE's shape, and tries a surrogate of your own in
-# ten lines. `python eval.py remix` runs all methods on a model that you trained, and `remix.py` is
-# short: read it from top to bottom.
+# [Notebook 5](5_look_inside_a_checkpoint.ipynb) opens a checkpoint of OLMoE's format, and tries a
+# surrogate of your own in ten lines. `python eval.py remix` runs all methods on a model that you
+# trained, and `remix.py` is short: read it from top to bottom.

@@ -1,36 +1,44 @@
 # %% [markdown]
-# # 5. Load OLMoE and look inside, then change it yourself
+# # 5. Look inside a checkpoint, then change it yourself
 #
 # What you will learn:
 #
-# - how a checkpoint of the hub becomes a model that you can read, and how to see which expert fires
-#   for which token;
-# - how to impose another pathway on one token, the hook that all of C3PO hangs on;
+# - how a trained model becomes a checkpoint in OLMoE's format, and is the same model when it is
+#   opened again;
+# - how to see which expert fires for which token, and how to impose another pathway on one token,
+#   the hook that all of C3PO hangs on;
 # - where your own ten lines go: a routing rule, a surrogate for re-mixing, a task, each with a test
 #   that tells whether it is right.
 #
-# Half an hour to read, less than a minute to run. It runs offline, on a tiny random checkpoint with
-# OLMoE's names and OLMoE's arithmetic; one changed line opens the real one. **Random weights show
-# the mechanism and nothing else**: no expert in the first half of this notebook has learnt
-# anything.
+# Half an hour to read, less than a minute to run, offline. The checkpoint is that of a toy which we
+# train here: it has OLMoE's names and OLMoE's arithmetic, and one changed line opens the real one.
 
 # %%
 # %matplotlib inline
+import pictures
+
+pictures.stacked_experts()
+
+# %% [markdown]
+# ## A checkpoint is a folder
+#
+# OLMoE-1B-7B ([arXiv 2409.02060](https://arxiv.org/abs/2409.02060)) is a decoder of 16 layers, each
+# with 64 experts of which a token visits 8. On the hub it is a folder: `config.json`, the weights
+# as safetensors, `tokenizer.json`. Every expert has three matrices of its own there, on the left of
+# the picture. In memory, ours stand in two stacked tensors a layer, so that one grouped product
+# serves all experts (notebook 1).
+
+# %%
 import math
 import tempfile
 from pathlib import Path
 
-import pictures
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import hf
 from data import Kinds, SkillsTask, Task
-from lab.checkpoints.benchmarks import Item, make_prompts, text_pairs
-from lab.checkpoints.choice import log_likelihoods
 from lab.checkpoints.untrusted import read_entries
-from lab.composing.robustness import visited
 from lab.remixing.figures import pathway_figure
 from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
@@ -43,57 +51,44 @@ from train_toy import update
 
 torch.set_num_threads(1)
 torch.set_printoptions(precision=3, sci_mode=False, linewidth=110)
-pictures.stacked_experts()
 
 # %% [markdown]
-# ## A checkpoint is a folder
-#
-# OLMoE-1B-7B ([arXiv 2409.02060](https://arxiv.org/abs/2409.02060)) is a decoder of 16 layers, each
-# with 64 experts of which a token visits 8. On the hub it is a folder: `config.json`, the weights
-# as safetensors, `tokenizer.json`. Every expert has three matrices of its own there. In memory,
-# ours stand in two stacked tensors a layer, so that one grouped product serves all experts
-# (notebook 1).
-#
-# We make a tiny one: a tokenizer learnt from four lines of text, which knows no letter that is not
-# in them; and random weights, larger than fresh ones, so that routers are decided and experts
-# differ.
+# First a model that knows something: two layers of 16 experts, trained on the skills task of the
+# [README](../README.md) in seconds. Then we save it, and forget it.
+
 
 # %%
-TEXT = """The bank of the river is steep. The bank lends money to the farmer by the river.
-A farmer sells milk and bread. The river carries water to the sea, and the sea carries ships.
-Question: What carries ships?\nA. the sea\nB. the bread\nC. the bank\nD. the milk\nAnswer: A
-Question: Who sells milk?\nA. the river\nB. the farmer\nC. the sea\nD. the ship
-Answer: B Answer: C Answer: D"""
-temporary = tempfile.TemporaryDirectory()  # goes when the notebook ends
-folder = Path(temporary.name)
-bpe = Tokenizer(models.BPE())
-bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-bpe.decoder = decoders.ByteLevel()
-trainer = trainers.BpeTrainer(min_frequency=1, vocab_size=200, show_progress=False)
-bpe.train_from_iterator([TEXT], trainer)
+def learn(model, task, train):
+    weights = model.parameters()
+    optimizer = torch.optim.AdamW(weights, train.lr, (0.9, 0.95), weight_decay=0.1, fused=True)
+    for step in range(train.steps):
+        update(model, model, optimizer, task, train, step)
 
-# %%
+
+task = SkillsTask(0)
 torch.manual_seed(0)
-sizes = MoEConfig(bpe.get_vocab_size(), context=128, n_experts=16, top_k=4, d_expert=32)
-made = MoETransformer(sizes)
-for name, weight in made.named_parameters():
-    if "ffns" in name or "unembedding" in name:  # routers, experts, output
-        torch.nn.init.normal_(weight, std=0.3)
-hf.save(made.bfloat16(), folder / "tiny")
-bpe.save(str(folder / "tiny" / "tokenizer.json"))
-print(*sorted(path.name for path in (folder / "tiny").iterdir()))
+trained = MoETransformer(MoEConfig(vocab_size=task.vocab_size, n_layers=2))
+learn(trained, task, TrainConfig(steps=300, batch=32, lr=4e-3, warmup=30))
+temporary = tempfile.TemporaryDirectory()  # goes when the notebook ends
+PATH = Path(temporary.name) / "toy"
+hf.save(trained, PATH)
+print(*sorted(path.name for path in PATH.iterdir()))
 
 # %% [markdown]
-# From here on, nothing knows that it is a tiny one. For the real OLMoE change the first line to
-# `PATH = "allenai/OLMoE-1B-7B-0125-Instruct"`: it takes a download, and 13.8 GB of memory in
-# bfloat16. (`python hf.py PATH_OR_REPO` tells beforehand whether it fits.) Files are not trusted:
-# all is checked before memory is taken.
+# transformers opens this folder as well (`AutoModelForCausalLM.from_pretrained`). From here on,
+# nothing knows that it is a toy. For the real OLMoE it would be
+# `PATH = "allenai/OLMoE-1B-7B-0125-Instruct"`: a download, and 13.8 GB of memory in bfloat16.
+# (`python hf.py PATH_OR_REPO` tells beforehand whether it fits.) Files are not trusted: all is
+# checked before memory is taken.
 
 # %%
-PATH = folder / "tiny"
-model, tokenizer = hf.load(PATH, dtype="bfloat16")
+model, _ = hf.load(PATH)  # the second is a tokenizer, where the checkpoint has one
 print(model.config)
 print(f"{model.n_params():,} parameters, {model.n_params(activated=True):,} activated for a token")
+asked = task.prompts("dev")
+with torch.no_grad():
+    gap = model(asked.tokens).logits - trained(asked.tokens).logits
+print("opened again, the largest difference of a logit:", float(gap.abs().max()))
 
 # %% [markdown]
 # ## Names on disk, names in memory
@@ -137,96 +132,88 @@ print("same numbers:", torch.equal(stored[name][:], gate_up[3, F_rows:]))
 # A forward pass returns a `Routing` for every router, bottom to top: the softmax over all experts,
 # the chosen ones, their weights. OLMoE does not divide the weights by their sum, so that they add
 # up to less than 1.
+#
+# Many prompts are answered by the cue's other reading. Of these we take the one that NGD helps most
+# (notebook 4), a best case.
 
 # %%
-prompt = "The farmer sells milk by the river, and the river carries the farmer"
-ids = tokenizer.encode(prompt).ids
-words = [tokenizer.decode([i]) for i in ids]
-tokens = torch.tensor([ids])  # (1, T)
+with torch.no_grad():
+    answers = model(asked.tokens).logits[:, -1].argmax(-1)
+misread = ((answers == asked.other) & (asked.other != asked.labels)).nonzero()[:, 0]
+solved, corpus = task.prompts("reference"), task.corpus()[0]
+references = ReferenceSet.build(model, solved.tokens, solved.labels, corpus=corpus)
+print(f"{len(solved.labels):,} references, {int(references.correct.sum()):,} answered right")
+found = remix(model, asked.tokens[misread], references, method="ngd")
+labels = asked.labels[misread][:, None]
+best = int(found.logits.softmax(-1).gather(1, labels).argmax())
+place = int(misread[best])
+tokens = asked.tokens[place : place + 1]  # (1, T)
+label, said = int(asked.labels[place]), int(answers[place])
+print(f"{task.words(tokens[0].tolist())}: it says {said}, right is {label}")
+
 with torch.no_grad():
     out = model(tokens)
 print("logits", tuple(out.logits.shape), end=" ")
 print("  routers", len(out.routing), "  probs", tuple(out.routing[0].probs.shape))
-
 rows = []
-for place, routing in zip(router_names(model), out.routing, strict=True):
+for name, routing in zip(router_names(model), out.routing, strict=True):
     weights = routing.weights[-1]  # (K,) of the last token
     pairs = zip(routing.experts[-1].tolist(), weights.tolist(), strict=True)
     cells = [f"{expert}: {weight:.2f}" for expert, weight in pairs]
-    rows.append((place, "  ".join(cells), f"{float(weights.sum()):.2f}"))
-print(cli.table(rows, [f"last token, {words[-1]!r}", "experts: weights", "sum"], left=2))
+    rows.append((name, "  ".join(cells), f"{float(weights.sum()):.2f}"))
+print(cli.table(rows, ["at the cue", "experts: weights", "sum"], left=2))
 
 # %%
-n_layers = len(out.routing)
+words = ["dialect", "a", "b", "cue"]
 panels = {}
-for layer in (0, n_layers // 2, n_layers - 1):
-    routing = out.routing[layer]
-    visits = visited(routing.probs, routing.weights, routing.experts)  # (T, E)
-    panels[f"layer {layer}"] = (routing.probs * visits).numpy()
-title = "Which expert fires for which token (palest: not visited)"
-pathway_figure(panels, [repr(word) for word in words], title)
+for name, routing in zip(router_names(model), out.routing, strict=True):
+    panels[name] = routing.probs.numpy()  # (T, E)
+title = f'Which expert fires for which token of "{task.words(tokens[0].tolist())}"'
+pathway_figure(panels, words, title, top_k=model.config.top_k, changes=False)
 
 # %% [markdown]
-# In the first layer, equal tokens (`' the'`, `' river'`) look alike, as little but the token itself
-# has been mixed in yet. With the real weights this is where you would look for specialists; section
-# 5 of the OLMoE paper does, by domain and by vocabulary. Here you see dice, thrown once.
+# The figure has a row for each token. In the first layer a row depends on little but the token
+# itself. In the second the cue's row has seen the numbers, too.
 #
 # ## Another pathway for the last token
 #
 # C3PO ([arXiv 2504.07964](https://arxiv.org/abs/2504.07964), section 3; notebook 4) calls the
 # softmax rows of all routers at the last prompt token the *pathway*, and imposes other rows there.
-# The hook is `Imposed(rows)`: row l replaces the softmax of router l, before top-k. We take the
-# rows of another prompt. The figure has one row a layer.
+# The hook is `Imposed(rows)`: row l replaces the softmax of router l, before top-k. We impose the
+# pathway of another prompt, and one that NGD found among the solved prompts.
 
 # %%
-other_prompt = tokenizer.encode("The bank lends money to the").ids
 with torch.no_grad():
-    other = model(torch.tensor([other_prompt]))
-own_rows = {i: routing.probs[-1:] for i, routing in enumerate(out.routing)}  # router -> (1, E)
-other_rows = {i: routing.probs[-1:] for i, routing in enumerate(other.routing)}
+    other = model(asked.tokens[place + 1 : place + 2])
+
+R = len(out.routing)  # routers
+own_rows = {i: out.routing[i].probs[-1:] for i in range(R)}  # router -> (1, E)
+other_rows = {i: other.routing[i].probs[-1:] for i in range(R)}
+ngd_rows = {i: found.pathway[best, i : i + 1] for i in range(R)}
 panels = {
     "its own": torch.cat([*own_rows.values()]).numpy(),
     "another prompt's": torch.cat([*other_rows.values()]).numpy(),
+    "after NGD": found.pathway[best].numpy(),
 }
-pathway_figure(panels, router_names(model), "Pathways at the last token")
+title = "Pathways at the last token"
+pathway_figure(panels, router_names(model), title, top_k=model.config.top_k)
 
 # %%
-with torch.no_grad():
-    same = model(tokens, imposed=Imposed(own_rows))
-    after = model(tokens, imposed=Imposed(other_rows))
-change = float((same.logits - out.logits).abs().max())
-print("its own, imposed:     largest change of a logit", change)
-moved = (after.logits - out.logits).abs().amax(-1)[0]  # (T,)
-print("another's: the change at earlier tokens", float(moved[:-1].max()), end=" ")
-print(f"  at the last one {float(moved[-1]):.2f}")
-for name, logits in {"before": out.logits, "after": after.logits}.items():
-    top = logits[0, -1].softmax(-1).topk(5)
+for name, rows in {"its own": own_rows, "another's": other_rows, "NGD's": ngd_rows}.items():
+    with torch.no_grad():
+        after = model(tokens, imposed=Imposed(rows))
+    moved = (after.logits - out.logits).abs().amax(-1)[0]  # (T,)
+    change = f"logits change by {float(moved[:-1].max()):.2f} before, {float(moved[-1]):.2f} there"
+    top = after.logits[0, -1].softmax(-1).topk(3)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    print(f"{name:7}", "  ".join(f"{tokenizer.decode([i])!r} {p:.1%}" for i, p in pairs))
+    print(f"{name:10} {change}:", "  ".join(f"{answer} {p:.0%}" for answer, p in pairs))
+print(f"\nright is {label}\n\n{found.explain(best, task.words)}")
 
 # %% [markdown]
-# Imposing what the model says anyway changes nothing; another pathway changes the last token and no
+# Imposing what the model says anyway changes nothing. Another pathway changes the last token and no
 # earlier one, as attention only looks back. Which experts fire has changed, too, not just how much
-# they count.
+# they count. `explain` tells who led NGD there.
 #
-# ## Let it talk, ask it a question
-#
-# Greedy generation keeps the keys and values of earlier tokens. Random weights babble; and a
-# multiple-choice question is scored by the log-probabilities of its letters, all of them from one
-# pass (`lab.checkpoints.choice`).
-
-# %%
-new = model.generate(tokens, 16)[0]
-print(prompt, "|", tokenizer.decode(new.tolist()))
-
-# %%
-item = Item("Who sells milk?", ["the river", "the farmer", "the sea", "the ship"], answer=1)
-text, _ = text_pairs(item, "letters")[item.answer]
-print(text)
-nats = log_likelihoods(model, make_prompts(item, tokenizer, "letters"))[0]
-print("log-probabilities of ' A' to ' D':", *(f"{value:.2f}" for value in nats))
-
-# %% [markdown]
 # On the real model, and a real benchmark, re-mixed as in the paper:
 #
 #     python eval.py choice --model allenai/OLMoE-1B-7B-0125-Instruct --task arc_challenge \
@@ -347,28 +334,8 @@ def pulled(strength):
 
 
 # %% [markdown]
-# It goes into `remix` as it is, `remix(model, prompts, references, method=pulled(0.1))`. For that
-# we need a model that knows something: a small one, trained on the skills task in seconds, and all
-# of its references.
-
-
-# %%
-def learn(model, task, train):
-    weights = model.parameters()
-    optimizer = torch.optim.AdamW(weights, train.lr, (0.9, 0.95), weight_decay=0.1, fused=True)
-    for step in range(train.steps):
-        update(model, model, optimizer, task, train, step)
-
-
-task = SkillsTask(0)
-torch.manual_seed(0)
-model = MoETransformer(MoEConfig(vocab_size=task.vocab_size, n_layers=2))
-learn(model, task, TrainConfig(steps=300, batch=32, lr=4e-3, warmup=30))
-solved, asked = task.prompts("reference"), task.prompts("dev")
-references = ReferenceSet.build(model, solved.tokens, solved.labels)
-print(f"{len(solved.labels):,} references, {int(references.correct.sum()):,} answered right")
-
-# %% [markdown]
+# It goes into `remix` as it is, `remix(model, prompts, references, method=pulled(0.1))`.
+#
 # **The test: known identities.** Without a pull it must be NGD, and with an endless one the model
 # as it is; in between, w must be a distribution in every row, and the stronger the pull, the nearer
 # it stays.

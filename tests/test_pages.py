@@ -61,12 +61,12 @@ CHANGES = {  # the claim -> results/NAME.json, what becomes of it, the verdict t
     "NGD against in-context learning": (
         "remix-skills-test",
         lambda result: result["rows"].update({"in-context": result["rows"]["oracle"]}),
-        "points the other way",
+        "the other way",
     ),
     "mode finding against the model as it is": (
         "remix-skills-test",
         lambda result: result["rows"].update({"mode finding": result["rows"]["NGD"]}),
-        "points that way",
+        "as claimed",
     ),
     "token: first against last": (
         "remix-skills-dev-ablation",
@@ -76,12 +76,12 @@ CHANGES = {  # the claim -> results/NAME.json, what becomes of it, the verdict t
     "steps: 50 against 10": (
         "remix-skills-dev-ablation",
         lambda result: result["steps"]["50"]["change"].update(low=0.01),
-        "points the other way",
+        "the other way",
     ),
     "kernel: linear against gaussian": (
         "remix-skills-dev-ablation",
         lambda result: result["kernel"]["linear"]["change"].update(gain=0.02, low=0.01),
-        "points the other way",
+        "the other way",
     ),
 }
 

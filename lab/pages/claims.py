@@ -21,7 +21,7 @@ from lab.pages.stored import stored_result, stored_runs
 from lab.tools import statistics
 
 # What an effect says that was not declared.
-FOR, AGAINST = "points that way", "points the other way"
+FOR, AGAINST = "as claimed", "the other way"
 NOTHING = "can show nothing: all kernels weigh three neighbours alike"
 UNITS = {1: "points, higher", -1: "points, lower", 0: "points, no difference"}
 PERPLEXITY = "% of perplexity, lower"

@@ -13,6 +13,11 @@ python eval.py choice         benchmarks, on a checkpoint of the hub: --model PA
 python eval.py COMMAND --help lists the flags of a command.
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.evaluation, __doc__)  # before torch is imported, which takes seconds
+
 import codecs
 from pathlib import Path
 from typing import NamedTuple
@@ -36,38 +41,23 @@ from lab.remixing.tables import contest_report, sweep_table
 from lab.scores.cloze import answer_questions, most_frequent, share_right
 from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
-from lab.tools import cli, figures, processes, runs
+from lab.tools import figures, processes, runs
 from lab.tools.checks import undisturbed
+from lab.tools.configs import one_of
 from lab.tools.files import as_json, write
 from lab.tools.report import label
 from lab.tools.statistics import scipy_stats, share_interval
 from moe import MoETransformer, require
-from remix import RemixConfig
 
 
 @undisturbed()
 def main(argv=None) -> int:
     """Run a command -> the exit code."""
-    command, *flags = argv or [""]
-    if command in ("-h", "--help"):
-        print(__doc__)
-        return 0
-    if command not in COMMANDS:
-        hint = cli.did_you_mean(command, COMMANDS)
-        names = ", ".join(COMMANDS)
-        raise cli.Usage(f"expected a command: {names}{hint} (--help tells what each does)")
-    return COMMANDS[command](flags)
+    command, values = flags.evaluation(argv, __doc__)
+    return COMMANDS[command](values)
 
 
 # --------------------------------------------------------------------------------- opening a run
-
-
-FLAG_LIMITS = {
-    "threads": (1, 1024),
-    "tokens": (1, 2**31),
-    "temperature": (0, 1e6),
-    "seed": (0, 2**62),
-}
 
 
 class Run(NamedTuple):
@@ -79,46 +69,22 @@ class Run(NamedTuple):
     split: str | None
 
 
-def command_parser(name: str, text: str, n_runs: str = "?", split: bool = True) -> cli.Parser:
-    """The flags that commands share. n_runs: "?" for one folder, "*" for several."""
-    usage = "%(prog)s [run] [flags]"
-    parser = cli.Parser(f"eval.py {name}", usage=usage, description=text)
-    what = "the run's folder (none: the newest in out/)"
-    parser.add_argument("run", nargs=n_runs, type=Path, help=what)
-    if split:
-        options = {"choices": ("dev", "test"), "default": "dev"}
-        parser.add_argument("--split", help="held-out part [dev]", **options)
-    what = "FILE:CLASS, for a run with routers of your own; runs that file"
-    parser.add_argument("--router", help=what)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
-    return parser
-
-
-def open_run(flags: dict) -> Run:
+def open_run(values: dict) -> Run:
     """Open the run that the flags name."""
-    require_limits(flags)
-    torch.set_num_threads(flags["threads"])
-    folder = flags["run"] or runs.newest()
-    model, train = runs.load_run(folder, chosen_router(flags))
+    torch.set_num_threads(values["threads"])
+    folder = values["run"] or runs.newest()
+    model, train = runs.load_run(folder, chosen_router(values))
     task = load_task(train, model.config.context)
     sizes = f"{task.vocab_size} tokens, the model {model.config.vocab_size}"
     same = task.vocab_size == model.config.vocab_size
     require(same, f"{folder}: the tokenizer has {sizes}")
     print(f"{folder}: {train['data']}, {model.n_params():,} parameters\n")
-    return Run(folder, model, task, flags.get("split"))
+    return Run(folder, model, task, values.get("split"))
 
 
-def require_limits(flags: dict):
-    """Usage where a number is none that the command can work with."""
-    for name, (low, high) in FLAG_LIMITS.items():
-        value = flags.get(name)
-        if value is not None and not low <= value <= high:
-            raise cli.Usage(f"--{name} is {value}; expected a number from {low} to {high}")
-
-
-def chosen_router(flags: dict):
+def chosen_router(values: dict):
     """The class that --router names, or None. This runs the file that it is in."""
-    return runs.router_class(flags["router"]) if flags["router"] else None
+    return runs.router_class(values["router"]) if values["router"] else None
 
 
 def save_scores(folder: Path, name: str, scores: dict | list) -> int:
@@ -132,20 +98,18 @@ def save_scores(folder: Path, name: str, scores: dict | list) -> int:
 # -------------------------------------------------------------------------------------- commands
 
 
-def perplexity_command(argv) -> int:
+def perplexity_command(values: dict) -> int:
     """How well a model predicts a held-out split, all of it: nats, perplexity, bits per byte."""
-    parser = command_parser("perplexity", perplexity_command.__doc__)
-    folder, model, task, split = open_run(parser.parse(argv))
+    folder, model, task, split = open_run(values)
     scores = task.score(model, split, most=None)
     rows = [(label(name), f"{value:.4f}") for name, value in scores.items()]
     print(cli.table(rows, header=[split, ""]), end="\n\n")
     return save_scores(folder, f"perplexity-{split}", scores)
 
 
-def routing_command(argv) -> int:
+def routing_command(values: dict) -> int:
     """Which expert does what on a held-out split: load, entropy, the tokens that each takes."""
-    parser = command_parser("routing", routing_command.__doc__)
-    folder, model, task, split = open_run(parser.parse(argv))
+    folder, model, task, split = open_run(values)
     fault = f"{folder} is a dense model, or routes by hash: it has no router to look into"
     require(len(model.routers()) > 0, fault)
     special = specialisation(model, task, split, n_kinds=100)
@@ -187,24 +151,15 @@ def routing_command(argv) -> int:
     return save_scores(folder, f"routing-{split}", numbers)
 
 
-def sample_command(argv) -> int:
+def sample_command(values: dict) -> int:
     """Continue a prompt, token by token as they come."""
-    parser = command_parser("sample", sample_command.__doc__, split=False)
-    start = "Once upon a time"
-    parser.add_argument("--prompt", default=start, help=f"how the text begins [{start}]")
-    what = "how many to add at most (none: up to the context)"
-    parser.add_argument("--tokens", type=int, help=what)
-    what = "0: always the most probable token [0.6]"
-    parser.add_argument("--temperature", type=float, default=0.6, help=what)
-    parser.add_argument("--seed", type=int, default=0, help="draws the text [0]")
-    flags = parser.parse(argv)
-    folder, model, task, _ = open_run(flags)
+    folder, model, task, _ = open_run(values)
     encoding, context = task.encoding, model.config.context
     fault = f"{folder} has learnt the {task.name} task, and knows no text"
     require(encoding is not None, fault)
 
     end = encoding.eot_token
-    prompt = [end, *encoding.encode_ordinary(flags["prompt"])]
+    prompt = [end, *encoding.encode_ordinary(values["prompt"])]
     room = context - len(prompt)
     fault = f"the prompt has {len(prompt)} tokens"
     require(room > 0, f"{fault}; it must be shorter than the context, {context}")
@@ -217,23 +172,22 @@ def sample_command(argv) -> int:
             text = encoding.decode_single_token_bytes(int(token))
             print(decoder.decode(text), end="", flush=True)
 
-    print(flags["prompt"], end="")
+    print(values["prompt"], end="")
     model.generate(
         torch.tensor([prompt]),
-        min(flags["tokens"] or room, room),
-        flags["temperature"],
+        min(values["tokens"] or room, room),
+        values["temperature"],
         stop=end,
-        generator=torch.Generator().manual_seed(flags["seed"]),
+        generator=torch.Generator().manual_seed(values["seed"]),
         show=show,
     )
     print(decoder.decode(b"", final=True))
     return 0
 
 
-def cloze_command(argv) -> int:
+def cloze_command(values: dict) -> int:
     """Choose the last word of held-out stories among four, beside the most frequent last word."""
-    parser = command_parser("cloze", cloze_command.__doc__)
-    folder, model, task, split = open_run(parser.parse(argv))
+    folder, model, task, split = open_run(values)
     questions = task.problems(split)
     fault = f"{folder} has learnt the {task.name} task, and knows no stories"
     require(questions.options is not None, fault)
@@ -257,36 +211,17 @@ def cloze_command(argv) -> int:
     return save_scores(folder, f"cloze-{split}", scores)
 
 
-def remix_command(argv) -> int:
+def remix_command(values: dict) -> int:
     """C3PO: re-mix the experts of a frozen model for each prompt, beside all rivals."""
-    parser = command_parser("remix", remix_command.__doc__, n_runs="*")
-    flag = parser.add_argument
-    flag("--methods", help="rows of the table, such as NGD,oracle (none: all)")
-    flag("--most", type=int, help="prompts of a run (none: all)")
-    flag("--strict", action="store_true", help="no neighbour shares an operand with the prompt")
-    flag("--ablate", action="store_true", help="vary one setting of NGD after the other, instead")
-    what = "runs of a larger model, not re-mixed"
-    flag("--beside", nargs="*", type=Path, default=[], help=what)
-    flag("--out", type=Path, help="folder for JSON and figures (none: the first run's)")
-    cli.add_flags(parser, RemixConfig, skip=("method",))
-    flags = parser.parse(argv)
-
-    # Check the flags before anything takes time.
-    settings = {name: flags[name] for name in vars(RemixConfig()) if name in flags}
-    cli.make_config(RemixConfig, settings)
-    methods = method_names(flags["methods"])
-    folders, beside = flags["run"] or [runs.newest()], flags["beside"]
-    split, most, strict = flags["split"], flags["most"], flags["strict"]
-    if most is not None and most < 1:
-        raise cli.Usage(f"--most is {most}; expected at least 1 prompt")
-    if beside and len(beside) != len(folders):
-        fault = f"--beside names {len(beside)} runs for {len(folders)}"
-        raise cli.Usage(f"{fault}; expected one for each, of its seed")
+    # Check what can be checked before anything takes time.
+    settings = flags.remix_settings(values)
+    methods = method_names(values["methods"])
+    folders, beside = values["run"] or [runs.newest()], values["beside"]
+    split, most, strict = values["split"], values["most"], values["strict"]
     if len(folders) > 2:
         scipy_stats()  # for the tests at the end: better missed now than then
-    router = chosen_router(flags)
-    require_limits(flags)
-    torch.set_num_threads(flags["threads"])
+    router = chosen_router(values)
+    torch.set_num_threads(values["threads"])
     processes.join()
 
     # Open the runs.
@@ -306,9 +241,9 @@ def remix_command(argv) -> int:
     print(text, end="\n\n")
 
     # Vary NGD, or let all methods compete. Of several processes the first one writes.
-    out = flags["out"] or folders[0]
+    out = values["out"] or folders[0]
     out.mkdir(parents=True, exist_ok=True)
-    if flags["ablate"]:
+    if values["ablate"]:
         result = run_sweeps(arenas)
         if processes.rank() > 0:
             return 0
@@ -331,18 +266,15 @@ def method_names(text: str | None) -> list[str]:
     """The methods that --methods names, or all. Usage where there is no such method."""
     if not text:
         return list(METHODS)
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in METHODS:
-            hint = cli.did_you_mean(name, METHODS)
-            raise cli.Usage(f"unknown method {name!r}{hint} (there are: {', '.join(METHODS)})")
-    return names
+    try:
+        return [one_of("method", name, METHODS) for name in text.split(",")]
+    except ValueError as error:
+        raise cli.Usage(str(error)) from error
 
 
-def robustness_command(argv) -> int:
+def robustness_command(values: dict) -> int:
     """What a model loses where its routing goes wrong: disabled first choices, and noise."""
-    parser = command_parser("robustness", robustness_command.__doc__)
-    folder, model, task, split = open_run(parser.parse(argv))
+    folder, model, task, split = open_run(values)
     rows = measure_robustness(model, task, split)
     print(robustness_table(rows))
     path = folder / f"robustness-{split}.png"
@@ -351,10 +283,9 @@ def robustness_command(argv) -> int:
     return save_scores(folder, f"robustness-{split}", rows)
 
 
-def sharing_command(argv) -> int:
+def sharing_command(values: dict) -> int:
     """Which experts of A and B a Cartesian model composes, and how alike they are."""
-    parser = command_parser("sharing", sharing_command.__doc__)
-    folder, model, task, split = open_run(parser.parse(argv))
+    folder, model, task, split = open_run(values)
     rows = measure_sharing(model, task, split)
     print(sharing_table([rows]))
     print("\ninformation: what a token's choice in A tells of that in B, in nats; shuffled: what")
@@ -366,10 +297,9 @@ def sharing_command(argv) -> int:
     return save_scores(folder, f"sharing-{split}", rows)
 
 
-def playground_command(argv) -> int:
+def playground_command(values: dict) -> int:
     """A page that runs the model, to move its experts by hand: one file, no network."""
-    parser = command_parser("playground", playground_command.__doc__, split=False)
-    folder, model, task, _ = open_run(parser.parse(argv))
+    folder, model, task, _ = open_run(values)
     page = assemble(page_data(model, task, folder.name))
     path = folder / "playground.html"
     runs.write(path, page.encode())
@@ -386,7 +316,7 @@ COMMANDS = {
     "robustness": robustness_command,
     "playground": playground_command,
     "sharing": sharing_command,
-    "choice": choice.main,
+    "choice": choice.answer_benchmark,
 }
 
 

@@ -8,9 +8,13 @@ settings; this page has a table for the names, reads config.json, and then loads
 files may be broken or hostile: `lab/checkpoints/untrusted.py` reads them.
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.checkpoint, __doc__)
+
 import copy
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -421,19 +425,9 @@ def describe(source) -> str:
 
 def main(argv) -> int:
     """`python hf.py PATH_OR_REPO` -> the exit code."""
-    if argv in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
-    if len(argv) != 1:
-        print("hf.py: usage: python hf.py PATH_OR_REPO", file=sys.stderr)
-        return 2
-    try:
-        print(describe(argv[0]))
-    except (ValueError, OSError) as error:
-        print(f"hf.py: {error}", file=sys.stderr)
-        return 1
+    print(describe(flags.checkpoint(argv, __doc__)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    cli.program(main)

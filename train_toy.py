@@ -7,6 +7,11 @@ python train_toy.py --help                 every flag: the fields of TrainConfig
 torchrun --nproc_per_node=2 train_toy.py   two processes, each with a half of every batch
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.training, __doc__)  # before torch is imported, which takes seconds
+
 import math
 import platform
 import sys
@@ -24,12 +29,12 @@ from lab.composing.presets import build_model
 from lab.remixing.contest import taste_of_remixing
 from lab.scores.evaluation import final_scores, router_names
 from lab.scores.specialisation import specialisation
-from lab.tools import cli, figures, processes, report, runs
+from lab.tools import figures, processes, report, runs
 from lab.tools.checks import require_inputs, require_tokens, undisturbed
+from lab.tools.configs import MoEConfig, TrainConfig
 from lab.tools.files import as_json, owned_folder, write
 from lab.tools.memory import require_memory
 from lab.tools.settings import (
-    TrainConfig,
     commands_left,
     folder_of,
     new_settings,
@@ -37,7 +42,7 @@ from lab.tools.settings import (
     resumed_settings,
 )
 from lab.tools.statistics import scipy_stats
-from moe import IGNORE, MoEConfig, Router, expert_load, require, router_losses
+from moe import IGNORE, Router, expert_load, require, router_losses
 
 # ------------------------------------------------------------------------------------------- runs
 
@@ -45,9 +50,7 @@ from moe import IGNORE, MoEConfig, Router, expert_load, require, router_losses
 @undisturbed()
 def main(argv=None) -> int:
     """Train, report, and say what to run next -> the exit code."""
-    parser = cli.Parser("train_toy.py", usage="%(prog)s [flags]", description=__doc__)
-    cli.add_flags(parser, TrainConfig, MoEConfig, skip=("vocab_size",))  # the task decides
-    given = parser.parse(argv)
+    given = flags.training(argv, __doc__)
     if given.get("resume"):
         train, sizes = resumed_settings(given)
     else:

@@ -9,7 +9,6 @@ explain.py      what became of a prompt, in words
 checks.py       the checks of what a user gives
 """
 
-from pathways.checks import one_of
 from pathways.neighbours import Neighbours, find_neighbours, kernel, nearest
 from pathways.prompts import best_token, cross_entropy, padded, portions
 from pathways.references import Prefixes, ReferenceSet, fingerprint
@@ -31,7 +30,6 @@ __all__ = [
     "kernel",
     "near_copies",
     "nearest",
-    "one_of",
     "padded",
     "portions",
     "similarity",

@@ -3,40 +3,16 @@
 Letters in the shape comments:  n prompts    m references    T tokens    O options
 """
 
-import difflib
-
 import torch
 
 from lab.tools.checks import (
     require,
     require_finite,
     require_in_vocabulary,
-    require_kinds,
     require_shape,
 )
 
 TOKENS = ("last", "middle", "first", "all")
-TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")
-EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")
-
-
-def require_config(config, surrogates, kernels):
-    """The values of a RemixConfig."""
-    if not callable(config.method):
-        one_of("method", config.method, tuple(surrogates))
-    one_of("kernel", config.kernel, kernels)
-    one_of("loss", config.loss, ("vocabulary", "options"))
-    one_of("embedding", str(config.embedding).partition(":")[0], EMBEDDINGS)
-    require_kinds(config)
-    least = {"k": 1, "batch": 1, "steps": 0, "lr": 0, "alpha": 0, "max_memory": 0}
-    for name, low in least.items():
-        value = getattr(config, name)
-        require(value >= low, f"{name} is {value}; it must be at least {low}")
-    require(config.alpha <= 1, f"alpha is {config.alpha}; it must be at most 1")
-    require(
-        config.core is None or config.core >= 1,
-        f"core is {config.core}; it must be at least 1, or none",
-    )
 
 
 def require_moved(w, start, config):
@@ -105,15 +81,6 @@ def require_remixable(model, references, tokens, lengths, loss: str):
     require_new(tokens, lengths, references)
 
 
-def one_of(what: str, name: str, known):
-    """ValueError, with the nearest name that there is, for a name that there is not."""
-    if name in known:
-        return
-    near = difflib.get_close_matches(str(name), known, 1, cutoff=0)[0]
-    names = ", ".join(known)
-    raise ValueError(f"unknown {what} {name!r}; did you mean {near}? There are {names}")
-
-
 def require_options(whose: str, options, labels, vocab_size: int):
     """ValueError unless options are (n, O), of the vocabulary, and hold the labels (n,)."""
     shape, n = tuple(options.shape), len(labels)
@@ -144,7 +111,7 @@ def as_tuples(tokens, lengths) -> list[tuple]:
 
 def require_references(references, model, path):
     """References that were read from a file: tensors of the right kinds and shapes."""
-    one_of("token", references.token, TOKENS)
+    require(references.token in TOKENS, f"{path}: token is {references.token!r:.60}")
     vocab_size, routers = model.config.vocab_size, model.routers()
     m, T = references.tokens.shape if references.tokens.dim() == 2 else (0, 0)
     require(m * T > 0, f"{path}: tokens have shape {tuple(references.tokens.shape)}")

@@ -14,7 +14,6 @@ from pathways.references import ReferenceSet
 from pathways.similarity import near_copies, similarity
 from pathways.tail import Tail, frozen
 
-KERNELS = ("gaussian", "matern", "polynomial", "linear")
 TINY = 1e-20
 
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from lab.tools.checks import require_finite, torch_defaults
-from pathways.checks import EMBEDDINGS, TFIDF, one_of, require_layer, require_own
+from lab.tools.configs import EMBEDDINGS, TFIDF, one_of
+from pathways.checks import require_layer, require_own
 from pathways.prompts import portions
 from pathways.tail import Tail
 
@@ -30,7 +31,7 @@ def similarity(name: str, tail: Tail, references, tokens, lengths, own=None):
     own: vectors (n, X) that go with references.embeddings. ValueError: no such embedding.
     """
     kind, _, layer = name.partition(":")
-    one_of("embedding", kind, EMBEDDINGS)
+    kind = one_of("embedding", kind, EMBEDDINGS)
     if kind in TFIDF:
         corpus = (references.tokens, references.lengths)
         if references.corpus is not None:

@@ -23,8 +23,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lab.tools.checks import evaluation
+from lab.tools.configs import one_of
 from moe import Cache, Imposed, Router, unwrapped
-from pathways.checks import TOKENS, one_of, require_layers
+from pathways.checks import TOKENS, require_layers
 from pathways.prompts import MOST_TOKENS, by_length, trimmed
 
 
@@ -58,7 +59,7 @@ class Tail:
     """
 
     def __init__(self, model, layers: list[int] | None = None, token: str = "last"):
-        one_of("token", token, TOKENS)
+        token = one_of("token", token, TOKENS)
         model = unwrapped(model)
         if layers is None:
             layers = [i for i, block in enumerate(model.blocks) if routers_of(block)]

@@ -12,27 +12,32 @@ FOLDERS = ("pathways", "lab", "notebooks", "tests")
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("pathways/*.py"), *ROOT.glob("lab/**/*.py")]
 MODULES = sorted(path.relative_to(ROOT) for path in PATHS)
 
-MODELS = {"moe", "cartesian", "data", "pathways", "remix", "hf", "lab.tools.checks"}
+CHECKS = {"lab.tools.checks", "lab.tools.configs"}
+MODELS = {"moe", "cartesian", "data", "pathways", "remix", "hf"} | CHECKS
 EXPERIMENTS = MODELS | {"lab.tools", "lab.scores"}
 ALLOWED = {  # what a file, or the files of a folder, may import of the project's own
-    "moe.py": {"lab.tools.checks", "lab.tools.compiled"},
-    "cartesian.py": {"moe", "lab.tools.checks"},
-    "data.py": {"moe", "lab.tools.checks", "lab.tools.texts", "lab.tools.cli", "lab.tools.files"},
-    "pathways": {"moe", "lab.tools.checks", "pathways", "lab.tools.files", "lab.tools.processes"},
-    "remix.py": {"moe", "lab.tools.checks", "pathways"},
-    "hf.py": {"moe", "lab.tools.checks", "lab.checkpoints.untrusted", "lab.tools.files"},
+    "moe.py": CHECKS | {"lab.tools.compiled"},
+    "cartesian.py": CHECKS | {"moe"},
+    "data.py": CHECKS | {"moe", "lab.tools.texts", "lab.tools.cli", "lab.tools.files"},
+    "pathways": CHECKS | {"moe", "pathways", "lab.tools.files", "lab.tools.processes"},
+    "remix.py": CHECKS | {"moe", "pathways"},
+    "hf.py": CHECKS
+    | {"moe", "lab.checkpoints.untrusted", "lab.tools.cli", "lab.tools.files", "lab.tools.flags"},
     "lab/tools": MODELS | {"lab.tools", "lab.composing.presets"},
-    "lab/tools/checks.py": set(),
+    "lab/tools/configs.py": set(),
+    "lab/tools/checks.py": {"lab.tools.configs"},
     "lab/tools/compiled.py": set(),
-    "lab/tools/cli.py": set(),
+    "lab/tools/cli.py": {"lab.tools.configs"},
+    "lab/tools/flags.py": {"lab.tools.cli", "lab.tools.configs"},
     "lab/tools/processes.py": set(),
     "lab/tools/files.py": {"lab.tools.checks"},
     "lab/tools/memory.py": {"lab.tools.checks", "lab.checkpoints.untrusted"},
-    "lab/tools/texts.py": {"lab.tools.checks", "lab.tools.cli", "lab.tools.files"},
+    "lab/tools/texts.py": {f"lab.tools.{name}" for name in ("checks", "cli", "files", "flags")},
     "lab/scores": EXPERIMENTS,
     "lab/composing": EXPERIMENTS | {"lab.composing"},
     "lab/composing/layers.py": {"moe", "cartesian"},
-    "lab/composing/presets.py": {"moe", "cartesian", "lab.composing.layers"},
+    "lab/composing/presets.py": {"moe", "cartesian", "lab.composing.layers"}
+    | {"lab.tools.cli", "lab.tools.flags"},
     "lab/remixing": EXPERIMENTS | {"lab.remixing"},
     "lab/checkpoints": EXPERIMENTS | {"lab.remixing", "lab.checkpoints"},
     "lab/checkpoints/untrusted.py": {"lab.tools.checks", "lab.tools.cli", "lab.tools.files"},

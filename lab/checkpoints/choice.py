@@ -8,16 +8,13 @@ A letter is one token, so that a prompt is read once for all choices, and C3PO c
 token. `--form full` reads the text of every choice, and also compares log-likelihoods per byte.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 
 import hf
 from lab.checkpoints.answers import Answers, kept_answers
 from lab.checkpoints.benchmarks import (
-    BENCHMARKS,
     Item,
     Prompt,
     make_prompts,
@@ -25,84 +22,26 @@ from lab.checkpoints.benchmarks import (
     read_items,
     text_pairs,
 )
-from lab.checkpoints.remixed import TABLE_NAMES, pass_memory, plan_comparison, remix_benchmark
-from lab.tools import cli, processes
-from lab.tools.checks import progress, require_kinds
+from lab.checkpoints.remixed import pass_memory, plan_comparison, remix_benchmark
+from lab.tools import cli, flags, processes
+from lab.tools.checks import progress
 from lab.tools.cli import note
+from lab.tools.configs import ChoiceConfig
 from lab.tools.files import digest
 from lab.tools.statistics import share_interval
 from moe import require
-from pathways import fingerprint, one_of, padded
+from pathways import fingerprint, padded
 from pathways.prompts import MOST_TOKENS
-from remix import RemixConfig
-
-
-@dataclass
-class ChoiceConfig:
-    """A benchmark, and how it is scored."""
-
-    model: Annotated[str | None, "a folder, or owner/name or owner/name@revision on the hub"] = None
-    task: Annotated[Literal[tuple(BENCHMARKS)], "the benchmark"] = "arc_challenge"
-    data_file: Annotated[str | None, "its rows, .jsonl or .parquet (none: download)"] = None
-    form: Annotated[Literal["letters", "full"], "what of a choice is scored"] = "letters"
-    shots: Annotated[int, "solved examples in front of every question"] = 0
-    shots_file: Annotated[str | None, "their rows (none: download a split that has them)"] = None
-    limit: Annotated[int | None, "take only so many questions (none: all)"] = None
-    dtype: Annotated[Literal["stored", "float32", "bfloat16"], "the model's numbers"] = "stored"
-    device: Annotated[Literal["cpu", "cuda", "mps"], "where to compute"] = "cpu"
-    threads: Annotated[int | None, "CPU threads (none: all physical cores)"] = None
-    references: Annotated[str | None, "re-mix, by these benchmarks, such as openbookqa,sciq"] = None
-    reference_files: Annotated[str | None, "their rows, a file for each (none: download)"] = None
-    reference_limit: Annotated[int | None, "take only so many of each (none: all)"] = None
-    method: Annotated[str, "one or several of ngd,kernel_regression,mode_finding,oracle"] = "ngd"
-    out: Annotated[str | None, "file of answers, to be continued (none: in out/choice/)"] = None
-
-    def __post_init__(self):
-        require_kinds(self)
-        require(
-            self.model is not None,
-            "--model is missing: the folder of a checkpoint, or owner/name on the hub",
-        )
-        require(self.shots >= 0, f"shots is {self.shots}; it must be at least 0")
-        for name in ("threads", "limit", "reference_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
-        require(
-            self.form == "letters" or not self.references,
-            "C3PO re-mixes the token before a letter; a later token of the text looks back at the "
-            "re-mixed one, so that one token is not exact there",
-        )
-        for name in self.methods():
-            one_of("method", name, list(TABLE_NAMES))
-        for name, _ in self.reference_sources():
-            one_of("benchmark", name, list(BENCHMARKS))
-
-    def methods(self) -> list[str]:
-        return self.method.split(",")
-
-    def reference_sources(self) -> list[tuple[str, str | None]]:
-        """The benchmarks that references come from, each with its file."""
-        if not self.references:
-            return []
-        names = self.references.split(",")
-        files = [None] * len(names)
-        if self.reference_files:
-            files = self.reference_files.split(",")
-        require(len(files) == len(names), "--reference-files needs one for each benchmark")
-        return list(zip(names, files, strict=True))
 
 
 def main(argv) -> int:
+    """Score a benchmark -> the exit code."""
+    return answer_benchmark(flags.choice(argv, __doc__))
+
+
+def answer_benchmark(values: dict) -> int:
     """Score a benchmark, keep every answer, report -> the exit code."""
-    usage = "%(prog)s --model PATH_OR_REPO [flags]"
-    parser = cli.Parser("eval.py choice", usage=usage, description=__doc__)
-    cli.add_flags(parser, ChoiceConfig)
-    cli.add_flags(parser, RemixConfig, skip=("method",))
-    flags = parser.parse(argv)
-    config = cli.make_config(ChoiceConfig, flags)
-    changes = {name: flags[name] for name in vars(RemixConfig()) if name in flags}
-    changes.pop("method", None)
-    cli.make_config(RemixConfig, changes)
+    config, changes = cli.make_config(ChoiceConfig, values), flags.remix_settings(values)
     processes.join()
 
     # Read all questions first: what is wrong with a file is told before the weights are read.

@@ -8,6 +8,11 @@ loads, reads, generates, scores, and re-mixes, beside transformers where that is
 Linux, which tells how much memory of a process belongs to no file.
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.rehearsal, __doc__)
+
 import gc
 import io
 import multiprocessing
@@ -17,9 +22,9 @@ import tempfile
 import threading
 import time
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -28,23 +33,9 @@ import hf
 from lab.checkpoints import choice, remixed
 from lab.checkpoints.benchmarks import LETTERS, make_prompts, read_items
 from lab.remixing.cost import OLMOE
-from lab.tools import cli
+from lab.tools.configs import RehearsalConfig
 from lab.tools.files import as_json, owned
 from moe import MoEConfig, MoETransformer, require
-
-
-@dataclass
-class RehearsalConfig:
-    """What is rehearsed, and how often."""
-
-    layers: Annotated[int, "layers of OLMoE's shapes"] = 2
-    full: Annotated[bool, "all of its 16 layers"] = False
-    questions: Annotated[int, "questions that are asked"] = 64
-    references: Annotated[int, "solved questions that help"] = 256
-    tokens: Annotated[int, "tokens that are generated"] = 16
-    threads: Annotated[int, "CPU threads"] = 1
-    folder: Annotated[str | None, "where the checkpoint is kept (none: a temporary folder)"] = None
-
 
 # ------------------------------------------------------------------------ what it is rehearsed on
 
@@ -168,10 +159,10 @@ def peer_costs(folder: Path, prompts, n_tokens: int):
 
 def rehearse(folder: Path, config: RehearsalConfig):
     """All steps -> name of the step -> (Cost, how many things it did); logits of some prompts."""
-    flags = {"model": str(folder), "task": "arc_easy", "threads": config.threads}
-    flags |= {"data_file": str(folder / "asked.jsonl"), "references": "arc_challenge"}
-    flags |= {"reference_files": str(folder / "solved.jsonl"), "out": str(folder / "out/remixed")}
-    settings = choice.ChoiceConfig(**flags)
+    values = {"model": str(folder), "task": "arc_easy", "threads": config.threads}
+    values |= {"data_file": str(folder / "asked.jsonl"), "references": "arc_challenge"}
+    values |= {"reference_files": str(folder / "solved.jsonl"), "out": str(folder / "out/remixed")}
+    settings = choice.ChoiceConfig(**values)
     items = read_items("arc_easy", settings.data_file)
     solved = read_items("arc_challenge", settings.reference_files)
     costs = {}
@@ -198,7 +189,7 @@ def rehearse(folder: Path, config: RehearsalConfig):
     _, costs["base and NGD"] = watched(lambda: remixed.remix_benchmark(model, plan, settings))
     model = None
     gc.collect()
-    _, costs["all of it again"] = watched(lambda: choice.main(as_flags(flags)))
+    _, costs["all of it again"] = watched(lambda: choice.main(as_flags(values)))
     spare = choice.pass_memory(outline, max(map(len, rows)), "cpu"), plan.memory
     return costs, rows, logits, spare
 
@@ -213,9 +204,7 @@ def as_flags(values: dict) -> list[str]:
 
 def main(argv) -> int:
     """Write the checkpoint, rehearse, print the table."""
-    parser = cli.Parser("rehearsal", description=__doc__)
-    cli.add_flags(parser, RehearsalConfig)
-    config = cli.make_config(RehearsalConfig, parser.parse(argv))
+    config = flags.rehearsal(argv, __doc__)
     require(min(config.layers, config.questions, config.references) >= 1, "expected at least one")
     torch.set_num_threads(config.threads)
     sizes = replace(OLMOE, n_layers=16 if config.full else config.layers)
@@ -271,4 +260,4 @@ def costs_table(config: RehearsalConfig, sizes: MoEConfig, costs, peers, spare) 
 
 
 if __name__ == "__main__":
-    cli.program(main, __doc__)
+    cli.program(main)

@@ -7,14 +7,18 @@ python -m lab.composing.compare table     what the results file says, for one nu
 what was cut off. All presets see the same batches.
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.comparison, __doc__)
+
 import itertools
 import json
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -22,11 +26,12 @@ import torch
 from cartesian import TOY
 from data import load_task
 from lab.composing.effects import BASE
-from lab.composing.presets import PRESETS, build_model, preset
+from lab.composing.presets import build_model, preset
 from lab.composing.robustness import activated_parameters, measure_robustness
 from lab.composing.sharing import composed_blocks, measure_sharing
 from lab.composing.verdict import DECLARATIONS, comparison_report, draw_comparison
-from lab.tools import cli, runs
+from lab.tools import runs
+from lab.tools.configs import PresetsConfig
 from lab.tools.files import as_json, digest, parse_json
 from lab.tools.race import race
 from moe import MoEConfig, require
@@ -45,53 +50,17 @@ RUN_FORM |= {"norm_topk": bool, "dev": {str: float}, "test": {str: float}}
 RUN_FORM |= {"settings": {"model": {}, "train": {}}}
 
 
-@dataclass
-class Plan:
-    """What to train, or to show."""
-
-    data_file: Annotated[str | None, "the text, its documents ended by <|endoftext|>"] = None
-    valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
-    tokenizer: Annotated[str, "as in train_toy.py"] = "tinystories"
-    presets: Annotated[str, "names of presets, with commas"] = "cartesian,fine_grained"
-    seeds: Annotated[str, "such as 0-12, or 0,5"] = "0-2"
-    steps: Annotated[int, "optimiser steps"] = 2500
-    lr: Annotated[float, "peak learning rate"] = 3e-3
-    norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
-    dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
-    device: Annotated[Literal["cpu", "cuda"], "where to train"] = "cpu"
-    results: Annotated[str, "the file of results"] = "results/compare.jsonl"
-    out: Annotated[str, "where the folders of the runs are"] = "out/compare"
-
-    def __post_init__(self):
-        self.seed_list = []
-        for text in self.seeds.split(","):
-            ends = text.split("-")
-            digits = all(end.isdigit() for end in ends)
-            require(digits, f"seeds are {self.seeds!r}; expected numbers, such as 0-12 or 0,5")
-            self.seed_list += range(int(ends[0]), int(ends[-1]) + 1)
-        self.preset_list = self.presets.split(",")
-        for name in self.preset_list:
-            hint = cli.did_you_mean(name, PRESETS)
-            require(name in PRESETS, f"no preset is called {name!r}{hint}")
-
-
 def main(argv=None) -> int:
     """Execute a sub-command -> the exit code."""
-    commands = {"train": train_command, "table": table_command}
-    usage = "%(prog)s {train,table} [flags]"
-    parser = cli.Parser("lab.composing.compare", usage=usage, description=__doc__)
-    parser.add_argument("command", choices=commands, help="see above")
-    cli.add_flags(parser, Plan)
-    given = parser.parse(argv)
+    command, plan = flags.comparison(argv, __doc__)
     torch.set_num_threads(1)
-    command = commands[given.pop("command")]
-    return command(cli.make_config(Plan, given))
+    return train_command(plan) if command == "train" else table_command(plan)
 
 
 # ---- train
 
 
-def train_command(plan: Plan) -> int:
+def train_command(plan: PresetsConfig) -> int:
     """Train the runs of the plan that the results file lacks, one after the other."""
     if plan.data_file is None:
         raise cli.Usage("train needs --data-file PATH")
@@ -148,19 +117,19 @@ def train_in(folder: Path, settings: dict, interrupt: cli.Interrupt):
     """Train a run by train_toy.py, from where its folder stands. ValueError if that fails."""
     # Continue the run, or start it.
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [f"--resume={folder}"]
+    options = [f"--resume={folder}"]
     if not (folder / "state.safetensors").exists():
-        flags = [f"--out={folder}"]
+        options = [f"--out={folder}"]
         for name, value in settings.items():
             flag = name.replace("_", "-")
             if isinstance(value, bool):
-                flags.append(f"--{flag}" if value else f"--no-{flag}")
+                options.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                flags.append(f"--{flag}={value}")
+                options.append(f"--{flag}={value}")
 
     # What it prints goes to a file, whose last line tells why it failed, if it did.
     with open(folder / "report.txt", "a+", encoding="utf-8") as report:
-        command = [sys.executable, "-m", "train_toy", *flags]
+        command = [sys.executable, "-m", "train_toy", *options]
         code = subprocess.call(command, stdout=report, stderr=report)
         if code == 130:  # Ctrl-C reaches both processes, and train_toy.py has saved
             interrupt.asked = True
@@ -263,7 +232,7 @@ def require_comparable(lines: list[dict], path: str):
     require(not mixed, f"{problem}; name another --results file")
 
 
-def table_command(plan: Plan) -> int:
+def table_command(plan: PresetsConfig) -> int:
     """Print what the results file says of the runs of so many steps; draw figures beside it."""
     lines = read_runs(plan.results)
     require_comparable(lines, plan.results)

@@ -9,11 +9,14 @@ The task is `CompositionTask` of data.py. `train` trains the runs that the resul
 `train_toy.py --data composition`, and adds a line to it for each.
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.composition, __doc__)
+
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
@@ -25,34 +28,20 @@ from lab.composing.composition_rows import LIKE, TUNED, Row, draw_figure, planne
 from lab.composing.robustness import visited
 from lab.composing.sharing import mutual_information
 from lab.scores.evaluation import router_names
-from lab.tools import cli, runs
+from lab.tools import runs
+from lab.tools.configs import CompositionConfig
 from lab.tools.files import as_json
 from moe import require
 
 
-@dataclass
-class Files:
-    """Where results and runs are."""
-
-    results: Annotated[str, "the file of results"] = "results/composition.jsonl"
-    out: Annotated[str, "where the folders of the runs are"] = "out/composition"
-
-
 def main(argv=None) -> int:
     """Execute a sub-command -> the exit code."""
-    usage = "%(prog)s {train,table} [GROUP ...] [flags]"
-    parser = cli.Parser("lab.composing.composition", usage=usage, description=__doc__)
-    parser.add_argument("command", choices=("train", "table"), help="see above")
-    parser.add_argument("groups", nargs="*", help=f"of {', '.join(planned_rows())} (none: all)")
-    cli.add_flags(parser, Files)
-    given = parser.parse(argv)
-    command, groups = given.pop("command"), given.pop("groups")
+    command, groups, files = flags.composition(argv, __doc__)
     groups = groups or list(planned_rows())
     for group in groups:
         hint = cli.did_you_mean(group, planned_rows())
         if group not in planned_rows():
             raise cli.Usage(f"no group is called {group!r}{hint}")
-    files = cli.make_config(Files, given)
     torch.set_num_threads(1)
     if command == "train":
         return train(groups, files)
@@ -69,7 +58,7 @@ def main(argv=None) -> int:
 # ---- train
 
 
-def train(groups: list[str], files: Files) -> int:
+def train(groups: list[str], files: CompositionConfig) -> int:
     """Train the runs of the groups that the results file lacks, seed by seed."""
     todo = []
     for group in groups:

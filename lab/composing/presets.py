@@ -4,6 +4,11 @@ Three of them are in cartesian.py, which also has the sizes to start from. `pyth
 lab.composing.presets` counts the parameters of all, at the toy's sizes and at the paper's.
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.nothing, __doc__)
+
 from dataclasses import replace
 
 from cartesian import (
@@ -193,7 +198,7 @@ def count_both(config: MoEConfig) -> tuple[int, int]:
     return count_parameters(config, MODELS[type(config)])
 
 
-def main():
+def main(argv) -> int:
     """Print the parameters of all presets, at the toy's sizes and at the paper's."""
     for sizes in (TOY, PAPER):
         base = MoEConfig(**sizes)
@@ -201,6 +206,7 @@ def main():
         print(f"\n{title:24}{'parameters':>14}{'activated':>14}")
         for name in PRESETS:
             print(count_line(name, base))
+    return 0
 
 
 def count_line(name: str, base: MoEConfig) -> str:
@@ -217,4 +223,4 @@ def count_line(name: str, base: MoEConfig) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    cli.program(main)

@@ -4,6 +4,11 @@ Fills every `<!-- results: NAME -->` ... `<!-- end -->` of README.md and docs/*.
 figures, docs/*.png.
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.nothing, __doc__)
+
 import re
 from functools import partial
 from pathlib import Path
@@ -20,7 +25,7 @@ from lab.remixing.figures import contest_figures, knowledge_figure, reach_figure
 from lab.remixing.knowledge import pathway_tables
 from lab.remixing.reach import RIGHT, WRONG, reach_table
 from lab.remixing.tables import contest_report, gain_table, main_table, sweep_table
-from lab.tools import cli, figures
+from lab.tools import figures
 from moe import MoEConfig, require
 from notebooks import pictures
 
@@ -37,7 +42,7 @@ PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
 def main(argv=None) -> int:
     """Fill the pages and draw the figures -> the exit code."""
-    cli.Parser("lab.pages", description=__doc__).parse(argv)
+    flags.nothing(argv, __doc__)
     folder = ROOT / "docs"
     draw_all(folder)
     for path, text in filled_pages().items():

@@ -8,6 +8,11 @@ python -m lab.pages.notebooks 1 4       only those whose names begin so
 The source of a notebook is a script in jupytext's percent format; edit that, never the .ipynb.
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.notebooks, __doc__)
+
 import base64
 import io
 import os
@@ -20,8 +25,6 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-from lab.tools import cli
-
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SECONDS = 60  # of one thread's time
 BYTES = 300_000  # of the file, with all that was printed and drawn
@@ -29,11 +32,7 @@ BYTES = 300_000  # of the file, with all that was printed and drawn
 
 def main(argv=None) -> int:
     """Run notebooks -> the exit code."""
-    usage = "%(prog)s [NUMBER ...] [--check]"
-    parser = cli.Parser("lab.pages.notebooks", usage=usage, description=__doc__)
-    parser.add_argument("names", nargs="*", help="how their names begin (none: all)")
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    given = parser.parse(argv)
+    given = flags.notebooks(argv, __doc__)
     paths = chosen_sources(given["names"])
 
     # Run two at a time; write each, and remember those that took too much.

@@ -7,6 +7,11 @@ page itself is put together anew.
 Letters in the shape comments:  S steps and the start    R routers    E experts
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.nothing, __doc__)
+
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +23,6 @@ from PIL import Image
 
 from data import SkillsTask
 from lab.playground.page import assemble, data_of, helpers_of, model_of, unpacked
-from lab.tools import cli
 from lab.tools.figures import BLUE, GREEN, GREY, INK, ORANGE
 from lab.tools.files import write
 from pathways import Tail
@@ -169,7 +173,7 @@ def save_animation(it: Walk, path: Path):
 
 def main(argv) -> int:
     """Put the page of docs/ together anew, and draw its walk -> the exit code."""
-    cli.Parser("lab.playground.animation", description=__doc__).parse(argv)
+    flags.nothing(argv, __doc__)
     page, path = DOCS / "playground.html", DOCS / "remix.gif"
     data = data_of(page.read_text(encoding="utf-8"))
     page.write_text(assemble(data), encoding="utf-8")

@@ -5,6 +5,11 @@ python -m lab.remixing.contest A.json B.json    does re-mixing gain more on one 
                                                 the same seeds; see docs/cartesian.md
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.words, __doc__)
+
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +22,7 @@ from lab.remixing.methods import METHODS, run_method
 from lab.remixing.rivals import larger_model
 from lab.remixing.tables import DECLARED_AGAINST, SHOWN, gain_table, main_table
 from lab.scores.evaluation import router_names
-from lab.tools import cli, processes, statistics
+from lab.tools import processes, statistics
 from lab.tools.files import read_json
 from moe import require
 from pathways import near_copies
@@ -267,4 +272,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    cli.program(main, __doc__)
+    cli.program(main)

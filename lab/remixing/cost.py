@@ -3,11 +3,15 @@
 python -m lab.remixing.cost    the formula for OLMoE; clock and profiler on small models (a minute)
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.nothing, __doc__)
+
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lab.tools import cli
 from lab.tools.race import race
 from moe import Imposed, MoEConfig, MoETransformer
 from pathways import Neighbours, ReferenceSet, Tail, critical_layers, frozen
@@ -148,6 +152,7 @@ def measured(
 
 def main(argv) -> int:
     """The formula, and two measurements."""
+    flags.nothing(argv, __doc__)
     torch.set_num_threads(1)
     print("NGD on OLMoE, 100 tokens, last 5 of 16 layers, k = 3, 10 steps, in base forwards:\n")
     costs = formula(OLMOE, T=100, last=5, k=3, steps=10)
@@ -174,4 +179,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    cli.program(main, __doc__)
+    cli.program(main)

@@ -13,8 +13,12 @@ python -m lab.remixing.knowledge RUN [RUN ...]     prints three tables, and writ
 Letters in the shape comments, beside those of remix.py:  X width of a vector    C cells (cue, a, b)
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.knowledge, __doc__)
+
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -23,7 +27,6 @@ from data import Prompts, SkillsTask
 from lab.remixing.arena import Arena, arena_of
 from lab.remixing.methods import tuned_settings
 from lab.remixing.reach import measure_reach, reach_table, targets_of
-from lab.tools import cli
 from lab.tools.files import as_json, write
 from lab.tools.statistics import mean_interval, with_interval
 from moe import require
@@ -37,18 +40,14 @@ ANSWERS = ("right", "the other reading's", "neither")
 
 def main(argv=None) -> int:
     """Measure some runs -> the exit code."""
-    usage = "%(prog)s RUN [RUN ...] [flags]"
-    parser = cli.Parser("lab.remixing.knowledge", usage=usage, description=__doc__)
-    parser.add_argument("run", nargs="+", type=Path, help="folders of runs on the skills task")
-    parser.add_argument("--out", type=Path, help="folder for the JSON (none: the first run's)")
-    flags = parser.parse(argv)
-    folders = flags["run"]
+    values = flags.knowledge(argv, __doc__)
+    folders = values["run"]
     torch.set_num_threads(1)
 
     arenas = [arena_of(folder, "test") for folder in folders]
     result = {"runs": [folder.name for folder in folders]} | measure_knowledge(arenas)
     print(knowledge_report(result))
-    path = (flags["out"] or folders[0]) / "knowledge.json"
+    path = (values["out"] or folders[0]) / "knowledge.json"
     write(path, as_json(result, indent=2).encode())
     print(f"\nwrote {path}")
     return 0

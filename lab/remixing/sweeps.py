@@ -4,6 +4,11 @@ python -m lab.remixing.sweeps [METHOD ...] RUN [RUN ...]     tries the settings 
                                                              of those named, on the dev split
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.words, __doc__)
+
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +21,6 @@ from lab.remixing.arena import Arena, arena_of, judged, own_answers
 from lab.remixing.contest import pooled
 from lab.remixing.methods import METHODS, tuned_settings
 from lab.remixing.rivals import descend
-from lab.tools import cli
 from pathways import ReferenceSet, frozen, nearest, similarity
 from pathways.checks import as_tuples
 from pathways.tail import TOKENS
@@ -169,4 +173,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    cli.program(main, __doc__)
+    cli.program(main)

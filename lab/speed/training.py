@@ -3,6 +3,11 @@
 python -m lab.speed.training [--rounds 20]    each model takes one step a round
 """
 
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.speed, __doc__)
+
 import os
 import re
 import time
@@ -10,7 +15,6 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lab.tools import cli
 from lab.tools.race import race
 from moe import MoEConfig, MoETransformer, require
 
@@ -149,9 +153,7 @@ def bare_products(repeats: int = 10):
 
 def main(argv) -> int:
     """Race, profile, report."""
-    parser = cli.Parser("python -m lab.speed.training", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each model [20]")
-    rounds = max(1, parser.parse(argv)["rounds"])
+    rounds = flags.speed(argv, __doc__)
     try:
         from transformers import OlmoeForCausalLM, __version__
     except ImportError:

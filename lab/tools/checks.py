@@ -8,21 +8,15 @@ import math
 import numbers
 import os
 import sys
-import typing
-from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 
 import torch
 from tqdm import tqdm
 
+from lab.tools.configs import require
+
 IGNORE = -100  # a target without loss
-
-
-def require(condition: bool, message: str):
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 def eager(check):
@@ -34,66 +28,6 @@ def eager(check):
             check(*arguments)
 
     return checked
-
-
-# ----------------------------------------------------------------------------------------- configs
-
-
-def require_kinds(config):
-    """The fields of a dataclass hold what their annotations say; numbers become Python's own."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        optional = type(None) in typing.get_args(hint)  # such as `int | None`
-        kind = typing.get_args(hint)[0] if optional else hint
-        names = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-        if optional and value is None:
-            continue
-        if names:
-            expected = ", ".join(names)
-            known = isinstance(value, str) and value in names
-            require(known, f"{name} is {value!r:.60}; expected one of {expected}")
-        if kind not in (bool, int, float, str):
-            continue
-        fits, expected = isinstance(value, kind), f"a {kind.__name__}"
-        if kind in (int, float):
-            number = numbers.Integral if kind is int else numbers.Real
-            fits = isinstance(value, number) and not isinstance(value, bool)
-            fits = fits and abs(value) < (2**63 if kind is int else math.inf)
-            expected = "an int below 2**63" if kind is int else "a finite float"
-        require(fits, f"{name} is {value!r:.60}; expected {expected}")
-        setattr(config, name, kind(value))
-
-
-def require_sizes(config):
-    """The sizes of a model (MoEConfig): of the right kind, and fitting together."""
-    require_kinds(config)
-    for name, value in vars(config).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            least = name in ("d_shared", "dropout")
-            bound = "at least 0" if least else "greater than 0"
-            require(value > 0 or (least and value == 0), f"{name} is {value}; it must be {bound}")
-    require(config.dropout < 1, f"dropout is {config.dropout}; it must be below 1")
-
-    # Attention.
-    d, heads = config.d_model, config.n_heads
-    near = max(1, round(d / heads)) * heads
-    require(
-        config.head_dim is not None or d % heads == 0,
-        f"d_model {d} does not divide into {heads} heads: try {near}, or give head_dim",
-    )
-    width, groups = config.head_dim or d // heads, config.n_kv_heads or heads
-    require(width % 2 == 0, f"head_dim is {width}; rotary positions need pairs, an even width")
-    require(heads % groups == 0, f"n_heads {heads} is not a multiple of n_kv_heads {groups}")
-
-    # Experts.
-    require(
-        config.top_k <= config.n_experts,
-        f"top_k {config.top_k} is more than the {config.n_experts} experts there are",
-    )
-    dense, last = config.dense_layers, config.n_layers - 1
-    require(isinstance(dense, Iterable), f"dense_layers is {dense!r:.60}; expected some integers")
-    outside = [layer for layer in dense if layer not in range(config.n_layers)]
-    require(not outside, f"dense_layers names {outside!s:.60}; the layers are 0 to {last}")
 
 
 # ------------------------------------------------------------------------------------------ tensors

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import os
 import shlex
 import signal
@@ -11,6 +10,8 @@ import threading
 import types
 import typing
 from contextlib import contextmanager
+
+from lab.tools.configs import did_you_mean
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -54,16 +55,6 @@ class Parser(argparse.ArgumentParser):
             kind = "flag" if name.startswith("-") else "argument"
             self.error(f"unknown {kind} {name}{did_you_mean(name, self.flags)}")
         return vars(args)
-
-
-def did_you_mean(name: str, known) -> str:
-    """The hint that ends a message about an unknown name.
-
-    >>> did_you_mean("choise", ["choice", "cloze"])
-    '; did you mean choice?'
-    """
-    similar = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 # ---- flags made from dataclasses
@@ -155,22 +146,30 @@ def make_config(config: type, values: dict):
 # ---- programs
 
 
-def program(main, text: str | None = None):
-    """Call main(argv) as a program. Its return value is the exit code.
+def read_first(read, text: str):
+    """Read the command line by read(argv, text), of flags.py; --help or an error ends the program.
 
-    A user's mistake (ValueError, OSError) is told in one line; `python -X dev SCRIPT` shows the
-    traceback as well. text: what --help prints, for a main that has no flags.
+    A program does so before it imports torch, which takes seconds; its main reads it once more.
     """
-    argv = sys.argv[1:]
-    if text and ("-h" in argv or "--help" in argv):
-        print(text)
-        return
+    with told_in_one_line(), steady_output():
+        read(sys.argv[1:], text)
 
-    # The exit code is main's, or that of what went wrong.
+
+def program(main):
+    """Call main(argv) as a program. Its return value is the exit code."""
+    with told_in_one_line(), steady_output() as output:
+        code = main(sys.argv[1:])
+    sys.exit(code or output.code)
+
+
+@contextmanager
+def told_in_one_line():
+    """A user's mistake (ValueError, OSError) ends the program with one line.
+
+    `python -X dev SCRIPT` shows the traceback as well.
+    """
     try:
-        with steady_output() as output:
-            code = main(argv)
-        sys.exit(code or output.code)
+        yield
     except (ValueError, OSError, MemoryError) as error:
         if sys.flags.dev_mode:
             raise

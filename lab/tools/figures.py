@@ -7,7 +7,6 @@ path where one is given.
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from lab.tools.files import whole
 
@@ -26,6 +25,8 @@ ACCURACIES = {
 
 def figure(width: float, height: float, **grid):
     """A figure of so many inches, and its axes, without pyplot and so without global state."""
+    from matplotlib.figure import Figure  # takes a second, which most commands do not need
+
     fig = Figure(figsize=(width, height), dpi=150, layout="constrained")
     axes = fig.subplots(**grid)
     for ax in np.ravel(axes):

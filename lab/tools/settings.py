@@ -1,74 +1,14 @@
 """The settings of a training run: from flags, from the task, or from a run that goes on."""
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 from data import TASKS
-from lab.composing.presets import PRESETS, config_class, preset
+from lab.composing.presets import config_class, preset
 from lab.tools import cli, runs
-from lab.tools.checks import require_kinds
+from lab.tools.configs import MoEConfig, TrainConfig
 from lab.tools.files import new_folder
-from moe import MoEConfig, require
 
 CHANGEABLE = ("resume", "device", "compile", "taste")  # flags that a resumed run may change
-
-
-@dataclass
-class TrainConfig:
-    """What a run learns, and how."""
-
-    data: Annotated[Literal[tuple(TASKS)], "the task, TinyStories (1.9 GB), your text"] = "skills"
-    data_file: Annotated[str | None, "a UTF-8 text, <|endoftext|> behind each document"] = None
-    valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
-    tokenizer: Annotated[str, "of a text: tinystories, bytes, or one of tiktoken"] = "tinystories"
-    n_functions: Annotated[int, "compositions: functions on each side"] = 16
-    n_in_a_row: Annotated[int, "compositions: functions in a row"] = 2
-    trained: Annotated[float, "compositions: share of the pairs that is trained"] = 0.7
-    model: Annotated[Literal["moe", "dense"], "dense: as wide as what a token visits"] = "moe"
-    preset: Annotated[Literal[tuple(PRESETS)] | None, "another kind of model, as large"] = None
-    router: Annotated[str | None, "FILE:CLASS, routers of your own; runs that file"] = None
-    steps: Annotated[int, "optimiser steps"] = 500
-    batch: Annotated[int, "sequences in a step"] = 64
-    lr: Annotated[float, "peak learning rate"] = 3e-3
-    warmup: Annotated[int, "steps of linear warm-up, before the cosine"] = 50
-    final_lr: Annotated[float, "learning rate at the end, as a share of the peak"] = 0.05
-    weight_decay: Annotated[float, "AdamW's weight decay, on matrices only"] = 0.1
-    clip: Annotated[float, "largest norm of the gradient"] = 1.0
-    balance: Annotated[float, "weight of the balance loss"] = 0.01
-    z: Annotated[float, "weight of the router z-loss"] = 0.001
-    seed: Annotated[int, "draws the task, the weights and the batches"] = 0
-    seeds: Annotated[int, "how many seeds to run, one after the other"] = 1
-    twin: Annotated[bool, "train the dense twin of every seed as well; compare in pairs"] = False
-    eval_every: Annotated[int, "steps between evaluations, each with a checkpoint"] = 100
-    threads: Annotated[int, "CPU threads (0: as many as torch would take)"] = 1
-    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
-    dtype: Annotated[Literal["float32", "bfloat16"], "of a pass; weights: float32"] = "float32"
-    compile: Annotated[bool, "use torch.compile"] = False
-    taste: Annotated[bool, "end with a taste of re-mixing (default of a text: no)"] = True
-    out: Annotated[str | None, "the run's folder (none: a new one in out/)"] = None
-    resume: Annotated[str | None, "continue the run in this folder"] = None
-
-    def __post_init__(self):
-        require_kinds(self)
-        for name, value in vars(self).items():
-            require(value != "", f"{name} is empty; leave it out, or give it a value")
-        require(self.threads <= 1024, f"threads is {self.threads}; expected at most 1024")
-        for name in ("steps", "batch", "seeds", "eval_every"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}; it must be at least 1")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name} is {value}; it must be greater than 0")
-        for name in ("seed", "warmup", "threads", "weight_decay", "balance", "z", "final_lr"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name} is {value}; it must be at least 0")
-        has_twin = self.twin or self.model == "dense"
-        hint = "compare it with --preset dense"
-        require(not (self.preset and has_twin), f"a preset has no dense twin: {hint}")
-        named = self.data != "text" or self.data_file is not None
-        require(named, "--data text needs --data-file PATH")
 
 
 def name_files_absolutely(given: dict):

@@ -1,10 +1,15 @@
 """What is behind a text: tokenizers, files of tokens, the download of TinyStories.
 
-data.py stands on this file, which therefore imports nothing but checks.py, cli.py and files.py
-beside it.
+data.py stands on this file, which therefore imports nothing but checks.py, cli.py,
+flags.py and files.py beside it.
 
 python -m lab.tools.texts TEXT NEW_FILE    learn a tokenizer, for train_toy.py --tokenizer NEW_FILE
 """
+
+from lab.tools import cli, flags
+
+if __name__ == "__main__":
+    cli.read_first(flags.words, __doc__)
 
 import base64
 import re
@@ -17,7 +22,6 @@ import tiktoken
 from tqdm import tqdm
 
 from lab.tools.checks import require
-from lab.tools.cli import Usage, did_you_mean, note, program
 from lab.tools.files import digest, whole, write
 
 END = "<|endoftext|>"  # alone on a line, it ends a document
@@ -48,7 +52,7 @@ def tokenizer(name: str = "tinystories") -> tiktoken.Encoding:
     if Path(name).is_file():
         return own_encoding(Path(name).stem, read_ranks(Path(name)))
     names = ["tinystories", "bytes", *tiktoken.list_encoding_names()]
-    hint = f"there are {', '.join(names)}, and files of ranks{did_you_mean(name, names)}"
+    hint = f"there are {', '.join(names)}, and files of ranks{cli.did_you_mean(name, names)}"
     require(name in names, f"no tokenizer is called {name!r}; {hint}")
     try:
         return tiktoken.get_encoding(name)
@@ -193,7 +197,7 @@ def read_tokens(path: str, encoding: tiktoken.Encoding, cache: str = "out/tokens
     content = digest(Path(path))
     binary = Path(cache) / f"{identify(encoding)}-{content[:16]}.bin"
     if binary.is_file() and stored_tokens(binary, dtype) is None:
-        note(f"{binary} is damaged: its tokens are made anew")
+        cli.note(f"{binary} is damaged: its tokens are made anew")
         binary.unlink()
     if not binary.is_file():
         write_tokens(path, encoding, dtype, binary, content)
@@ -260,7 +264,7 @@ def tinystories() -> list[str]:
 def main(argv) -> int:
     """Learn a tokenizer -> the exit code."""
     if len(argv) != 2:
-        raise Usage("expected a text and a new file: python -m lab.tools.texts TEXT NEW_FILE")
+        raise cli.Usage("expected a text and a new file: python -m lab.tools.texts TEXT NEW_FILE")
     text, path = argv[0], Path(argv[1])
     require(not path.exists(), f"{path} is there already; name a new file")
     ranks = train_tokenizer(text)
@@ -270,4 +274,4 @@ def main(argv) -> int:
 
 
 if __name__ == "__main__":
-    program(main, __doc__)
+    cli.program(main)

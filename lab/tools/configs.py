@@ -1,0 +1,383 @@
+"""Every setting: its default, what it means, and what it must be.
+
+The fields of these classes are the flags of the commands, and their texts the help. Nothing here
+imports torch, so that --help and a wrong flag are answered at once.
+"""
+
+import difflib
+import math
+import numbers
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+# The names of what is defined elsewhere.
+TASKS = ("skills", "composition", "tinystories", "text")  # data.py
+PRESETS = (  # lab/composing/presets.py
+    *("dense", "dense_two", "dense_paper", "smoe_share", "smoe_top3", "hash", "top_p"),
+    *("fine_grained", "fine_grained_no_shared", "cartesian", "cartesian_no_shared"),
+    *("cartesian_parallel", "cartesian_chain", "cartesian_pairs", "cartesian_k1", "cartesian_k4"),
+)
+SURROGATES = ("ngd", "kernel_regression", "mode_finding")  # remix.py
+KERNELS = ("gaussian", "matern", "polynomial", "linear")  # pathways/neighbours.py
+TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")  # pathways/similarity.py
+EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")
+BENCHMARKS = (  # lab/checkpoints/benchmarks.py
+    *("arc_challenge", "arc_easy", "openbookqa", "sciq", "mmlu", "hellaswag", "piqa"),
+    "winogrande",
+)
+
+
+@dataclass
+class MoEConfig:
+    """The sizes of a model; the texts are the command line's help.
+
+    Raises ValueError where the sizes do not fit together.
+    """
+
+    vocab_size: Annotated[int, "tokens in the vocabulary"] = 48
+    context: Annotated[int, "longest sequence, in tokens"] = 64
+    d_model: Annotated[int, "width of the residual stream"] = 64
+    n_layers: Annotated[int, "number of blocks"] = 4
+    n_heads: Annotated[int, "attention heads"] = 4
+    n_kv_heads: Annotated[int | None, "key-value heads, shared among heads (none: n_heads)"] = None
+    head_dim: Annotated[int | None, "width of a head (none: d_model / n_heads)"] = None
+    n_experts: Annotated[int, "experts in each MoE layer"] = 16
+    top_k: Annotated[int, "experts that each token visits"] = 4
+    d_expert: Annotated[int, "hidden width of an expert"] = 64
+    norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
+    d_shared: Annotated[int, "hidden width of an expert that every token visits (0: none)"] = 0
+    dense_layers: Annotated[tuple[int, ...], "layers that are dense, not MoE, such as 0,2"] = ()
+    d_dense: Annotated[int | None, "width of dense layers (none: what a token visits)"] = None
+    qk_norm: Annotated[Literal["full", "head", "none"], "RMSNorm of queries and keys"] = "full"
+    clip_qkv: Annotated[float | None, "clamp queries, keys, values to plus or minus this"] = None
+    rope_theta: Annotated[float, "base of the rotary frequencies"] = 10_000.0
+    norm_eps: Annotated[float, "epsilon in RMSNorm"] = 1e-5
+    dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
+    tied: Annotated[bool, "the output layer is the transposed embedding"] = False
+
+    def __post_init__(self):
+        require_sizes(self)
+        self.dense_layers = tuple(self.dense_layers)
+        if self.head_dim is None:
+            self.head_dim = self.d_model // self.n_heads
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.d_dense is None:
+            # As many weights as a token visits elsewhere: three matrices of width E / 3 weigh as
+            # much as a router.
+            router = round(self.n_experts / 3)
+            self.d_dense = self.top_k * self.d_expert + self.d_shared + router
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class TrainConfig:
+    """What a run learns, and how."""
+
+    data: Annotated[Literal[TASKS], "the task, TinyStories (1.9 GB), your text"] = "skills"
+    data_file: Annotated[str | None, "a UTF-8 text, <|endoftext|> behind each document"] = None
+    valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
+    tokenizer: Annotated[str, "of a text: tinystories, bytes, or one of tiktoken"] = "tinystories"
+    n_functions: Annotated[int, "compositions: functions on each side"] = 16
+    n_in_a_row: Annotated[int, "compositions: functions in a row"] = 2
+    trained: Annotated[float, "compositions: share of the pairs that is trained"] = 0.7
+    model: Annotated[Literal["moe", "dense"], "dense: as wide as what a token visits"] = "moe"
+    preset: Annotated[Literal[PRESETS] | None, "another kind of model, as large"] = None
+    router: Annotated[str | None, "FILE:CLASS, routers of your own; runs that file"] = None
+    steps: Annotated[int, "optimiser steps"] = 500
+    batch: Annotated[int, "sequences in a step"] = 64
+    lr: Annotated[float, "peak learning rate"] = 3e-3
+    warmup: Annotated[int, "steps of linear warm-up, before the cosine"] = 50
+    final_lr: Annotated[float, "learning rate at the end, as a share of the peak"] = 0.05
+    weight_decay: Annotated[float, "AdamW's weight decay, on matrices only"] = 0.1
+    clip: Annotated[float, "largest norm of the gradient"] = 1.0
+    balance: Annotated[float, "weight of the balance loss"] = 0.01
+    z: Annotated[float, "weight of the router z-loss"] = 0.001
+    seed: Annotated[int, "draws the task, the weights and the batches"] = 0
+    seeds: Annotated[int, "how many seeds to run, one after the other"] = 1
+    twin: Annotated[bool, "train the dense twin of every seed as well; compare in pairs"] = False
+    eval_every: Annotated[int, "steps between evaluations, each with a checkpoint"] = 100
+    threads: Annotated[int, "CPU threads (0: as many as torch would take)"] = 1
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
+    dtype: Annotated[Literal["float32", "bfloat16"], "of a pass; weights: float32"] = "float32"
+    compile: Annotated[bool, "use torch.compile"] = False
+    taste: Annotated[bool, "end with a taste of re-mixing (default of a text: no)"] = True
+    out: Annotated[str | None, "the run's folder (none: a new one in out/)"] = None
+    resume: Annotated[str | None, "continue the run in this folder"] = None
+
+    def __post_init__(self):
+        require_kinds(self)
+        for name, value in vars(self).items():
+            require(value != "", f"{name} is empty; leave it out, or give it a value")
+        require(self.threads <= 1024, f"threads is {self.threads}; expected at most 1024")
+        for name in ("steps", "batch", "seeds", "eval_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}; it must be at least 1")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} is {value}; it must be greater than 0")
+        for name in ("seed", "warmup", "threads", "weight_decay", "balance", "z", "final_lr"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}; it must be at least 0")
+        has_twin = self.twin or self.model == "dense"
+        hint = "compare it with --preset dense"
+        require(not (self.preset and has_twin), f"a preset has no dense twin: {hint}")
+        named = self.data != "text" or self.data_file is not None
+        require(named, "--data text needs --data-file PATH")
+
+
+# ---------------------------------------------------------------------------------------- re-mixing
+
+
+@dataclass
+class RemixConfig:
+    """How to re-mix. The paper's settings for OLMoE are layers last:5, core 20, k 3."""
+
+    method: Annotated[str | Callable, "ngd, kernel_regression, mode_finding, a function"] = "ngd"
+    k: Annotated[int, "neighbours of each prompt"] = 3
+    kernel: Annotated[Literal[KERNELS], "how much each of them counts"] = "gaussian"
+    embedding: Annotated[str, "what makes prompts alike"] = "tfidf-places"
+    layers: Annotated[str, "critical layers: all, last:2, first:1, middle:2, or 0,3"] = "all"
+    core: Annotated[int | None, "experts of a row that may change (none: all)"] = None
+    steps: Annotated[int, "steps of ngd and of mode_finding"] = 10
+    lr: Annotated[float, "ngd: the first step; a cosine takes it down to a thousandth"] = 0.5
+    alpha: Annotated[float, "mode_finding: what is kept of the pathway in a step"] = 0.5
+    loss: Annotated[Literal["vocabulary", "options"], "cross-entropy over these"] = "vocabulary"
+    batch: Annotated[int, "prompts at a time"] = 64
+    max_memory: Annotated[float, "MB for the references' prefixes that are kept"] = 512.0
+
+    def __post_init__(self):
+        require_remixing(self)
+
+
+# --------------------------------------------------------------------------------------- benchmarks
+
+
+@dataclass
+class ChoiceConfig:
+    """A benchmark, and how it is scored."""
+
+    model: Annotated[str | None, "a folder, or owner/name or owner/name@revision on the hub"] = None
+    task: Annotated[Literal[BENCHMARKS], "the benchmark"] = "arc_challenge"
+    data_file: Annotated[str | None, "its rows, .jsonl or .parquet (none: download)"] = None
+    form: Annotated[Literal["letters", "full"], "what of a choice is scored"] = "letters"
+    shots: Annotated[int, "solved examples in front of every question"] = 0
+    shots_file: Annotated[str | None, "their rows (none: download a split that has them)"] = None
+    limit: Annotated[int | None, "take only so many questions (none: all)"] = None
+    dtype: Annotated[Literal["stored", "float32", "bfloat16"], "the model's numbers"] = "stored"
+    device: Annotated[Literal["cpu", "cuda", "mps"], "where to compute"] = "cpu"
+    threads: Annotated[int | None, "CPU threads (none: all physical cores)"] = None
+    references: Annotated[str | None, "re-mix, by these benchmarks, such as openbookqa,sciq"] = None
+    reference_files: Annotated[str | None, "their rows, a file for each (none: download)"] = None
+    reference_limit: Annotated[int | None, "take only so many of each (none: all)"] = None
+    method: Annotated[str, "one or several of ngd,kernel_regression,mode_finding,oracle"] = "ngd"
+    out: Annotated[str | None, "file of answers, to be continued (none: in out/choice/)"] = None
+
+    def __post_init__(self):
+        require_kinds(self)
+        require(
+            self.model is not None,
+            "--model is missing: the folder of a checkpoint, or owner/name on the hub",
+        )
+        require(self.shots >= 0, f"shots is {self.shots}; it must be at least 0")
+        for name in ("threads", "limit", "reference_limit"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+        require(
+            self.form == "letters" or not self.references,
+            "C3PO re-mixes the token before a letter; a later token of the text looks back at the "
+            "re-mixed one, so that one token is not exact there",
+        )
+        self.methods()
+        for name, _ in self.reference_sources():
+            one_of("benchmark", name, BENCHMARKS)
+
+    def methods(self) -> list[str]:
+        """The methods that are named."""
+        known = (*SURROGATES, "oracle")
+        return [one_of("method", name, known) for name in self.method.split(",")]
+
+    def reference_sources(self) -> list[tuple[str, str | None]]:
+        """The benchmarks that references come from, each with its file."""
+        if not self.references:
+            return []
+        names = self.references.split(",")
+        files = [None] * len(names)
+        if self.reference_files:
+            files = self.reference_files.split(",")
+        require(len(files) == len(names), "--reference-files needs one for each benchmark")
+        return list(zip(names, files, strict=True))
+
+
+# -------------------------------------------------------------------------------------- experiments
+
+
+@dataclass
+class PresetsConfig:
+    """What to train, or to show."""
+
+    data_file: Annotated[str | None, "the text, its documents ended by <|endoftext|>"] = None
+    valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
+    tokenizer: Annotated[str, "as in train_toy.py"] = "tinystories"
+    presets: Annotated[str, "names of presets, with commas"] = "cartesian,fine_grained"
+    seeds: Annotated[str, "such as 0-12, or 0,5"] = "0-2"
+    steps: Annotated[int, "optimiser steps"] = 2500
+    lr: Annotated[float, "peak learning rate"] = 3e-3
+    norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
+    dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
+    device: Annotated[Literal["cpu", "cuda"], "where to train"] = "cpu"
+    results: Annotated[str, "the file of results"] = "results/compare.jsonl"
+    out: Annotated[str, "where the folders of the runs are"] = "out/compare"
+
+    def __post_init__(self):
+        self.seed_list = []
+        for text in self.seeds.split(","):
+            ends = text.split("-")
+            digits = all(end.isdigit() for end in ends)
+            require(digits, f"seeds are {self.seeds!r}; expected numbers, such as 0-12 or 0,5")
+            self.seed_list += range(int(ends[0]), int(ends[-1]) + 1)
+        self.preset_list = self.presets.split(",")
+        for name in self.preset_list:
+            require(name in PRESETS, f"no preset is called {name!r}{did_you_mean(name, PRESETS)}")
+
+
+@dataclass
+class CompositionConfig:
+    """Where results and runs are."""
+
+    results: Annotated[str, "the file of results"] = "results/composition.jsonl"
+    out: Annotated[str, "where the folders of the runs are"] = "out/composition"
+
+
+@dataclass
+class RehearsalConfig:
+    """What is rehearsed, and how often."""
+
+    layers: Annotated[int, "layers of OLMoE's shapes"] = 2
+    full: Annotated[bool, "all of its 16 layers"] = False
+    questions: Annotated[int, "questions that are asked"] = 64
+    references: Annotated[int, "solved questions that help"] = 256
+    tokens: Annotated[int, "tokens that are generated"] = 16
+    threads: Annotated[int, "CPU threads"] = 1
+    folder: Annotated[str | None, "where the checkpoint is kept (none: a temporary folder)"] = None
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def require(condition: bool, message: str):
+    """Raise ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_kinds(config):
+    """The fields of a dataclass hold what their annotations say; numbers become Python's own."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        optional = type(None) in typing.get_args(hint)  # such as `int | None`
+        kind = typing.get_args(hint)[0] if optional else hint
+        names = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        if optional and value is None:
+            continue
+        if names:
+            expected = ", ".join(names)
+            known = isinstance(value, str) and value in names
+            require(known, f"{name} is {value!r:.60}; expected one of {expected}")
+        if kind not in (bool, int, float, str):
+            continue
+        fits, expected = isinstance(value, kind), f"a {kind.__name__}"
+        if kind in (int, float):
+            number = numbers.Integral if kind is int else numbers.Real
+            fits = isinstance(value, number) and not isinstance(value, bool)
+            fits = fits and abs(value) < (2**63 if kind is int else math.inf)
+            expected = "an int below 2**63" if kind is int else "a finite float"
+        require(fits, f"{name} is {value!r:.60}; expected {expected}")
+        setattr(config, name, kind(value))
+
+
+def require_sizes(config):
+    """The sizes of a model (MoEConfig): of the right kind, and fitting together."""
+    require_kinds(config)
+    for name, value in vars(config).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            least = name in ("d_shared", "dropout")
+            bound = "at least 0" if least else "greater than 0"
+            require(value > 0 or (least and value == 0), f"{name} is {value}; it must be {bound}")
+    require(config.dropout < 1, f"dropout is {config.dropout}; it must be below 1")
+
+    # Attention.
+    d, heads = config.d_model, config.n_heads
+    near = max(1, round(d / heads)) * heads
+    require(
+        config.head_dim is not None or d % heads == 0,
+        f"d_model {d} does not divide into {heads} heads: try {near}, or give head_dim",
+    )
+    width, groups = config.head_dim or d // heads, config.n_kv_heads or heads
+    require(width % 2 == 0, f"head_dim is {width}; rotary positions need pairs, an even width")
+    require(heads % groups == 0, f"n_heads {heads} is not a multiple of n_kv_heads {groups}")
+
+    # Experts.
+    require(
+        config.top_k <= config.n_experts,
+        f"top_k {config.top_k} is more than the {config.n_experts} experts there are",
+    )
+    dense, last = config.dense_layers, config.n_layers - 1
+    require(isinstance(dense, Iterable), f"dense_layers is {dense!r:.60}; expected some integers")
+    outside = [layer for layer in dense if layer not in range(config.n_layers)]
+    require(not outside, f"dense_layers names {outside!s:.60}; the layers are 0 to {last}")
+
+
+def require_remixing(config):
+    """The values of a RemixConfig."""
+    if not callable(config.method):
+        config.method = one_of("method", config.method, SURROGATES)
+    config.kernel = one_of("kernel", config.kernel, KERNELS)
+    config.loss = one_of("loss", config.loss, ("vocabulary", "options"))
+    kind, colon, layer = str(config.embedding).partition(":")
+    config.embedding = one_of("embedding", kind, EMBEDDINGS) + colon + layer
+    require_kinds(config)
+    least = {"k": 1, "batch": 1, "steps": 0, "lr": 0, "alpha": 0, "max_memory": 0}
+    for name, low in least.items():
+        value = getattr(config, name)
+        require(value >= low, f"{name} is {value}; it must be at least {low}")
+    require(config.alpha <= 1, f"alpha is {config.alpha}; it must be at most 1")
+    require(
+        config.core is None or config.core >= 1,
+        f"core is {config.core}; it must be at least 1, or none",
+    )
+
+
+def one_of(what: str, name: str, known) -> str:
+    """The known name that is meant, whatever its case, blanks, hyphens and underscores.
+
+    ValueError, with the nearest name, where there is no such name.
+
+    >>> one_of("method", "Mode_Finding", ("NGD", "mode finding"))
+    'mode finding'
+    """
+    named = {plain(option): option for option in known}
+    if plain(name) not in named:
+        names = ", ".join(known)
+        raise ValueError(f"unknown {what} {name!r}{did_you_mean(name, known)} (there are: {names})")
+    return named[plain(name)]
+
+
+def did_you_mean(name: str, known) -> str:
+    """The hint that ends a message about an unknown name.
+
+    >>> did_you_mean("choise", ["choice", "cloze"])
+    '; did you mean choice?'
+    """
+    named = {plain(option): option for option in known}
+    similar = difflib.get_close_matches(plain(name), named, 1)
+    return f"; did you mean {named[similar[0]]}?" if similar else ""
+
+
+def plain(name) -> str:
+    """A name without what people write in several ways: case, blanks and punctuation."""
+    return "".join(letter for letter in str(name).lower() if letter.isalnum())

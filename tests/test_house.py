@@ -43,7 +43,8 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     "lab/checkpoints/untrusted.py": {"lab.tools.checks", "lab.tools.cli", "lab.tools.files"},
     "lab/playground": EXPERIMENTS | {"lab.remixing", "lab.composing.presets", "lab.playground"},
     "lab/speed": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.speed"},
-    "lab/pages": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.pages", "notebooks.pictures"},
+    "lab/pages": EXPERIMENTS
+    | {"lab.remixing", "lab.composing", "lab.speed.report", "lab.pages", "notebooks.pictures"},
 }
 
 

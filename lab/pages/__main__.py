@@ -25,6 +25,7 @@ from lab.remixing.figures import contest_figures, knowledge_figure, reach_figure
 from lab.remixing.knowledge import pathway_tables
 from lab.remixing.reach import RIGHT, WRONG, reach_table
 from lab.remixing.tables import contest_report, gain_table, main_table, sweep_table
+from lab.speed.report import cost_report, short_table, speed_figure, speed_report
 from lab.tools import figures
 from moe import MoEConfig, require
 from notebooks import pictures
@@ -36,6 +37,7 @@ MARKDOWN = {  # name of a place -> the function that makes its table of markdown
     "claims-settings": lambda: claims.claims_markdown(claims.setting_rows()),
     "claims-cartesian": lambda: claims.claims_markdown(claims.cartesian_rows()),
     "declared": declared_table,
+    "speed-short": lambda: short_table(stored_result("speed")),
 }
 PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -90,6 +92,8 @@ def text_blocks() -> dict:
         "gain-half": partial(stored_gain, "gain-half"),
         "trend": lambda: "\n".join(verdict.trend_lines(stored_runs("trend", "second"))),
         "sweep": learning_rates,
+        "speed": lambda: speed_report(stored_result("speed")),
+        "cost": lambda: cost_report(stored_result("speed")),
     }
 
 
@@ -130,6 +134,7 @@ def learning_rates() -> str:
 def draw_all(folder: Path):
     """Draw every figure of the pages."""
     pictures.remixing().savefig(folder / "idea.png")
+    speed_figure(stored_result("speed"), folder / "speed.png")
 
     # CartesianMoE
     verdict.draw_comparison(stored_runs("compare"), 2500, folder)

@@ -1,12 +1,7 @@
 """What C3PO costs, by formula, by profiler and by the clock: the exact form against full forwards.
 
-python -m lab.remixing.cost    the formula for OLMoE; clock and profiler on small models (a minute)
+`python -m lab.speed` measures it, beside everything else.
 """
-
-from lab.tools import cli, flags
-
-if __name__ == "__main__":
-    cli.read_first(flags.nothing, __doc__)
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +16,6 @@ OLMOE = MoEConfig(50_304, 4096, 2048, 16, 16, n_experts=64, top_k=8, d_expert=10
 SMALL = MoEConfig(3_144, 128, 128, 16, 16, n_experts=64, top_k=8, d_expert=64)  # its shape
 SKILLS_SIZES = MoEConfig(vocab_size=47, context=64)
 K = 3  # neighbours of a prompt
-COST_LEGEND = (
-    "ms for a prompt; ratio: naive / exact, by the clock and in operations; + prefixes: with\n"
-    "all prefixes of neighbours made anew; differ: the largest difference between their losses"
-)
 
 
 def count_operations(call) -> int:
@@ -148,35 +139,3 @@ def measured(
         naive = torch.stack(naive_losses[-n_calls:])
         apart = float((exact - naive).abs().max())
     return seconds, operations, apart
-
-
-def main(argv) -> int:
-    """The formula, and two measurements."""
-    flags.nothing(argv, __doc__)
-    torch.set_num_threads(1)
-    print("NGD on OLMoE, 100 tokens, last 5 of 16 layers, k = 3, 10 steps, in base forwards:\n")
-    costs = formula(OLMOE, T=100, last=5, k=3, steps=10)
-    lines = [[name, f"{value:.2f}"] for name, value in costs.items()]
-    print(cli.table(lines), end="\n\n")
-
-    sizes = {
-        "toy, 64 tokens, last 2 of 4 layers": (SKILLS_SIZES, 64, "last:2", 64, 16),
-        "OLMoE's shape, 100 tokens, last 5 of 16": (SMALL, 100, "last:5", 128, 8),
-    }
-    lines = []
-    for name, arguments in sizes.items():
-        seconds, operations, apart = measured(*arguments)
-        line = [name, f"{1000 * seconds['exact']:.1f}", f"{1000 * seconds['naive']:.0f}"]
-        for cost in (seconds, operations):
-            line.append(f"{cost['naive'] / cost['exact']:.0f}")
-            line.append(f"{cost['naive'] / (cost['exact'] + cost['prefixes']):.0f}")
-        lines.append([*line, f"{apart:.0e}"])
-    header = ["steps of NGD, one thread", "exact (ms)", "naive (ms)", "ratio", "+ prefixes"]
-    header += ["operations", "+ prefixes", "differ"]
-    print(cli.table(lines, header))
-    print(f"\n{COST_LEGEND}")
-    return 0
-
-
-if __name__ == "__main__":
-    cli.program(main)

@@ -228,11 +228,15 @@ def rehearsal(argv, text: str) -> RehearsalConfig:
     return cli.make_config(RehearsalConfig, parser.parse(argv))
 
 
-def speed(argv, text: str) -> int:
-    """lab.speed.training: the number of rounds."""
-    parser = cli.Parser("lab.speed.training", description=text)
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each model [20]")
-    return max(1, parser.parse(argv)["rounds"])
+def speed(argv, text: str) -> dict:
+    """lab.speed: the number of rounds, and where to write."""
+    parser = cli.Parser("lab.speed", description=text)
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each peer [5]")
+    parser.add_argument("--out", default="results/speed.json", help="where to [%(default)s]")
+    values = parser.parse(argv)
+    if values["rounds"] < 1:
+        raise cli.Usage(f"rounds is {values['rounds']}; it must be at least 1")
+    return values
 
 
 def notebooks(argv, text: str) -> dict:

@@ -146,10 +146,10 @@ def speed_figure(result: dict, path=None):
         sizes = [rows[i]["K"] * rows[i]["D"] ** 2 / rows[i]["E"] for i in chosen]
         left.loglog(sizes, ratios[chosen], "o", color=colour, label=f"top-{k}", markersize=4)
     left.axhline(1, color=figures.GREY, linewidth=0.8)
-    left.set_yticks([1, 1.5, 2, 3, 4], ["1", "1.5", "2", "3", "4"])
+    left.set_yticks([1, 1.5, 2, 3, 4, 5], ["1", "1.5", "2", "3", "4", "5"])
     left.minorticks_off()
-    left.set_xlabel("K D² / E: work of an expert", fontsize=8)
-    left.set_title("A MoE layer / a dense one: few tokens, small experts cost", fontsize=9)
+    left.set_xlabel("K D² / E: work per expert", fontsize=8)
+    left.set_title("Time of a MoE layer / a dense one (with backward)", fontsize=9)
     left.legend(fontsize=7, frameon=False)
     for (name, curve), colour in zip(result["growth"].items(), figures.COLOURS, strict=False):
         ms = [1000 * value for value in curve["seconds"]]
@@ -157,7 +157,8 @@ def speed_figure(result: dict, path=None):
         right.loglog(curve["sizes"], ms, "o-", color=colour, label=label, markersize=3)
     right.set_ylabel("ms", fontsize=8)
     right.set_title("Where one size grows", fontsize=9)
-    right.legend(fontsize=7, frameon=False)
+    right.set_ylim(bottom=0.3)  # room for the legend
+    right.legend(fontsize=7, frameon=False, loc="lower left")
     return figures.save_figure(fig, path)
 
 

@@ -625,16 +625,21 @@ class TextData(Task):
 
         The wrong words end other stories of the split, drawn at random: what ends stories often is
         often wrong, too, so that frequency does not tell the answer. "reference" has the stories
-        of the training text. Where not four words end stories, there are no questions.
+        of the training text. Where not four words end stories, there are no questions. A story
+        longer than the context loses its beginning, and it is said of how many.
         """
         starting, continuing = self.word_tokens()
-        prompts, words = [], []
+        prompts, words, n_cut = [], [], 0
         for story in self.documents("train" if split == "reference" else split):
             place = last_word(story, starting, continuing)
             if place > 0:
                 prompt = [self.encoding.eot_token, *story[:place].tolist()]
                 prompts.append(torch.tensor(prompt[-self.context :]))
                 words.append(int(story[place]))
+                n_cut += len(prompt) > self.context
+        if n_cut:
+            what = f"{n_cut:,} of {len(words):,} stories of {split} are longer than the context"
+            note(f"{what}, {self.context}: their beginning is cut")
         if len(set(words)) < 4:
             none = torch.zeros(0, dtype=torch.long)
             return Problems(none[:, None], none, none, none[:, None])

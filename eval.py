@@ -164,6 +164,11 @@ def sample_command(values: dict) -> int:
     fault = f"the prompt has {len(prompt)} tokens"
     require(room > 0, f"{fault}; it must be shorter than the context, {context}")
 
+    n_tokens = values["tokens"] or room
+    if n_tokens > room:
+        cli.note(f"the context of {context} tokens has room for {room}: no more are added")
+        n_tokens = room
+
     # A character may take several tokens: the decoder waits until it is complete.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -175,7 +180,7 @@ def sample_command(values: dict) -> int:
     print(values["prompt"], end="")
     model.generate(
         torch.tensor([prompt]),
-        min(values["tokens"] or room, room),
+        n_tokens,
         values["temperature"],
         stop=end,
         generator=torch.Generator().manual_seed(values["seed"]),

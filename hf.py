@@ -34,6 +34,7 @@ from lab.checkpoints.untrusted import (
     read_tokenizer,
     require_tensors,
     room,
+    same_tensors,
 )
 from lab.tools.checks import progress, require_finite, torch_defaults
 from lab.tools.files import as_json, whole_folder
@@ -74,44 +75,75 @@ NAMES = {
     "ffns.0.shared.gate_up.weight": ["mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"],
     "ffns.0.shared.down.weight": ["mlp.shared_experts.down_proj"],
 }
-MIXTRAL_EXPERT = "block_sparse_moe.experts.{e}"
-MIXTRAL = NAMES | {
-    "ffns.0.router.weight": ["block_sparse_moe.gate"],
-    "ffns.0.experts.gate_up": [f"{MIXTRAL_EXPERT}.w1", f"{MIXTRAL_EXPERT}.w3"],
-    "ffns.0.experts.down": [f"{MIXTRAL_EXPERT}.w2"],
+STACKED = {  # all experts in one tensor, as transformers 5 can save them, or in two, as MLX does
+    "ffns.0.experts.gate_up": [
+        ["mlp.experts.gate_up_proj"],
+        ["mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj"],
+    ],
+    "ffns.0.experts.down": [["mlp.experts.down_proj"], ["mlp.switch_mlp.down_proj"]],
 }
+MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+WRAPPERS = ("_orig_mod", "module")  # torch.compile and data-parallel training stand before names
 
 
 class Family(NamedTuple):
     """What tells one family of checkpoints from another."""
 
-    names: dict[str, list[str]]
+    words: dict[str, str]  # parts of names for which it has words of its own
     qk_norm: str  # where queries and keys are normalised, see MoEConfig
     rope_theta: float  # where config.json gives none
 
 
 FAMILIES = {  # by the model_type of config.json
-    "olmoe": Family(NAMES, "full", 1e4),
-    "deepseek": Family(NAMES, "none", 1e4),
+    "olmoe": Family({}, "full", 1e4),
+    "deepseek": Family({}, "none", 1e4),
     "mixtral": Family(MIXTRAL, "none", 1e6),
-    "qwen3_moe": Family(NAMES, "head", 1e4),
+    "qwen3_moe": Family({}, "head", 1e4),
 }
 
 
-def pieces(model, family: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a family's checkpoint: yields (their name, the view of our weight)."""
-    names = FAMILIES[family].names
+def spelt(name: str, family: str) -> str:
+    """The name of a tensor, in whatever words a file has it, in those of this family."""
+    common = {theirs: ours for ours, theirs in MIXTRAL.items()}
+    words = FAMILIES[family].words
+    parts = []
+    for part in name.split("."):
+        part = common.get(part, part)
+        if part not in WRAPPERS:
+            parts.append(words.get(part, part))
+    if parts[0] in ("embed_tokens", "layers", "norm"):  # saved without its output layer
+        parts.insert(0, "model")
+    if parts[-2:-1] == ["experts"]:  # stacked ones are no layers of torch, which have a weight
+        parts.append("weight")
+    return ".".join(parts)
+
+
+def pieces(model, family: str, stored=()) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a family's checkpoint: yields (their name, the view of our weight).
+
+    stored: the names in its files. Where they stack experts, so does this.
+    """
     for path, weight in named_tensors(model).items():
         layer, ours = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", path).groups()
         prefix = "" if layer is None else f"model.layers.{layer}."
 
-        # Theirs is a matrix for each expert, ours one tensor (E, 2F, D) or (E, D, F).
+        # Find how it is stored: by NAMES, unless we see it stacked.
+        names = [spelt(f"{prefix}{name}.weight", family) for name in NAMES[ours]]
+        for stack in STACKED.get(ours, []):
+            others = [spelt(f"{prefix}{name}.weight", family) for name in stack]
+            if others[0] in stored:
+                names = others
+
+        # Ours has the rows of all: (2F, D) -> (F, D) twice, or as it is. Theirs is a matrix for
+        # each expert, or a tensor like ours: (E, 2F, D) or (E, D, F).
         weight = weight.detach()
-        matrices = weight if weight.dim() == 3 else [weight]
-        for e, matrix in enumerate(matrices):
-            rows = matrix.chunk(len(names[ours]))  # (2F, D) -> (F, D) twice, or as it is
-            for theirs, view in zip(names[ours], rows, strict=True):
-                yield f"{prefix}{theirs.format(e=e)}.weight", view
+        rows = weight.chunk(len(names), max(0, weight.dim() - 2))
+        for name, view in zip(names, rows, strict=True):
+            if "{e}" not in name:
+                yield name, view
+                continue
+            for e, matrix in enumerate(view):
+                yield name.format(e=e), matrix
 
 
 # ------------------------------------------------------------------------------------ config.json
@@ -155,17 +187,27 @@ def read_config(raw: dict, path):
     settings = Settings(raw, path)
 
     # Read the sizes that every family has.
-    defaults = OPTIONAL | {"rope_theta": FAMILIES[name].rope_theta}
-    sizes = {"qk_norm": FAMILIES[name].qk_norm}
+    family = FAMILIES[name]
+    defaults = OPTIONAL | {"rope_theta": family.rope_theta}
+    sizes = {"qk_norm": family.qk_norm}
     for field, (kind, *keys) in KEYS.items():
         limits = {"high": HIGH.get(field)}
         if field in defaults:
             limits["default"] = defaults[field]
         sizes[field] = settings.get(kind, *keys, **limits)
 
-    # Refuse what we would compute wrongly, find the dense layers, and the widths.
-    settings.require_plain(sizes["n_layers"])
-    sizes["context"] = settings.within_window(sizes["context"])
+    # Refuse what we would compute wrongly.
+    others = {"layer_types": [["full_attention"] * sizes["n_layers"]]}
+    if name != "olmoe":  # only this family clips
+        others["clip_qkv"] = []
+    settings.require_plain(others)
+
+    # Mixtral always looks within its window, others where they are told, OLMoE by default.
+    told = settings.get(bool, "use_sliding_window", default=name != "qwen3_moe")
+    if told or name == "mixtral":
+        sizes["context"] = settings.within_window(sizes["context"])
+
+    # Find the dense layers, and the widths.
     sizes["dense_layers"] = dense_layers(settings, sizes["n_layers"])
     n_shared = settings.get(int, "n_shared_experts", default=0, low=0)
     width = settings.get(int, "moe_intermediate_size", default=None)
@@ -183,8 +225,7 @@ def read_config(raw: dict, path):
         config = MoEConfig(**sizes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    return name, config, dtype
+    return name, config, settings.dtype()
 
 
 def dense_layers(settings: Settings, n_layers: int) -> list[int]:
@@ -192,7 +233,7 @@ def dense_layers(settings: Settings, n_layers: int) -> list[int]:
     every = settings.get(int, "moe_layer_freq", default=1)
     step = settings.get(int, "decoder_sparse_step", default=1)
     first = settings.get(int, "first_k_dense_replace", default=0, low=0)
-    named = settings.raw.get("mlp_only_layers") or []
+    named = settings.raw.get("mlp_only_layers", [])
     valid = isinstance(named, list) and all(layer in range(n_layers) for layer in named)
     problem = f"{settings.path}: mlp_only_layers is {named!r:.60}"
     require(valid, f"{problem}; expected some of the layers 0 to {n_layers - 1}")
@@ -320,16 +361,38 @@ def fill(sketch: Outline, device="cpu", spare: int = 0, cache=None, offline=Fals
         repo = source.split("@")[0]
         files = [*ABOUT, "model*.safetensors"]
         folder = fetch(f"{repo}@{folder.name}", files, cache, offline)
-    entries = read_entries(folder)
-    require_tensors(pieces(model, name), entries, folder, name)
+    entries = stored_tensors(folder, model, name)
 
     # Copy them, in the order of the files.
     model = copy.deepcopy(model).to_empty(device=device)
-    weights = dict(pieces(model, name))
+    weights = dict(pieces(model, name, entries))
     for key, entry in progress(entries.items(), "loading", total=len(entries), unit="tensor"):
         if key in weights:
             copy_tensor(key, weights[key], entry)
     return model.eval()
+
+
+def stored_tensors(folder: Path, model, family: str) -> dict:
+    """The tensors of a checkpoint, which are those of this model: name -> slice, not read yet.
+
+    ValueError that names what is missing, misshapen, not used, or there twice and not the same.
+    """
+    entries = {}
+    for name, entry in read_entries(folder).items():
+        ours = spelt(name, family)
+        require(ours not in entries, f"{folder} has {ours} under several names")
+        entries[ours] = entry
+
+    # The output layer of a tied model is its embedding: a file has either, or both.
+    if model.config.tied and "lm_head.weight" in entries:
+        head = entries.pop("lm_head.weight")
+        embedding = entries.setdefault("model.embed_tokens.weight", head)
+        problem = f"{folder}: lm_head.weight is not model.embed_tokens.weight, but config.json ties"
+        hint = "both: set tie_word_embeddings to false"
+        require(same_tensors(embedding, head), f"{problem} {hint}")
+
+    require_tensors(pieces(model, family, entries), entries, folder, family)
+    return entries
 
 
 def fetch(source, files: list[str], cache=None, offline=False) -> Path:
@@ -351,9 +414,10 @@ def plan(folder: Path, dtype=None):
     """What a checkpoint will be -> (family, model without numbers, dtype)."""
     path = folder / "config.json"
     name, config, stored = read_config(read_object(path), path)
-    dtype = str(dtype or stored).removeprefix("torch.")
+    given = str(dtype or stored).removeprefix("torch.")
+    dtype = str(getattr(torch, given, given)).removeprefix("torch.")  # half is float16
     names = ", ".join(DTYPES.values())
-    require(dtype in DTYPES.values(), f"dtype is {dtype:.60}; expected one of {names}")
+    require(dtype in DTYPES.values(), f"dtype is {given:.60}; expected one of {names}")
     with torch.device("meta"):
         model = MoETransformer(config).to(getattr(torch, dtype))
     return name, model, dtype
@@ -399,8 +463,7 @@ def describe(source) -> str:
     name, model, stored = plan(folder)
     tensors = "on the hub"
     if Path(source).is_dir():
-        entries = read_entries(folder)
-        require_tensors(pieces(model, name), entries, folder, name)
+        entries = stored_tensors(folder, model, name)
         tensors = f"{len(entries):,}: all, and no others"
 
     c, n, free = model.config, model.n_params(), room()

@@ -10,6 +10,7 @@ import json
 import random
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from data import Problems
-from lab.checkpoints.untrusted import INSTALL, download
+from lab.checkpoints.untrusted import INSTALL, download, three_parts
 from lab.tools.cli import note
 from moe import require
 from pathways import padded
@@ -152,6 +153,9 @@ def read_items(name: str, file: str | None = None, solved: bool = False) -> list
 
     solved = [item for item in items if item.answer is not None]
     require(solved, f"{paths[0]} has {len(items)} questions of {name}, but no answers")
+    if len(solved) < len(items):
+        hidden = len(items) - len(solved)
+        note(f"{hidden} of {len(items)} questions of {name} have no answer: left out")
     return solved
 
 
@@ -197,6 +201,7 @@ def read_rows(path: Path) -> list[dict]:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
+        content = content.removeprefix(BOM_UTF8)
         if content.lstrip()[:1] == b"[":
             return json.loads(content)
         return [json.loads(line) for line in content.splitlines() if line.strip()]
@@ -232,6 +237,7 @@ class Prompt(NamedTuple):
 
     tokens: list[int]
     options: list[list[tuple[int, int]]]  # for each: the (place, token) whose nats are summed
+    n_cut: int = 0  # tokens that are left out at the beginning of the text
 
 
 def text_pairs(item: Item, form: str) -> list[tuple[str, str]]:
@@ -255,8 +261,9 @@ def text_pairs(item: Item, form: str) -> list[tuple[str, str]]:
 def make_prompts(item: Item, tokenizer, form: str, shots=(), context: int = 4096) -> list[Prompt]:
     """The prompts of a question: one for all of its letters, or one for the text of each choice.
 
-    shots: solved examples to stand in front. What is longer than the context loses its beginning.
-    ValueError where the end does not fit, or where a letter is not one token.
+    shots: solved examples to stand in front. Of a text longer than the context the beginning is
+    cut, but not the token that the tokenizer puts before all texts; what it puts behind them is
+    left out. ValueError where the end does not fit, or where a letter is not one token.
     """
     front = ""
     for shot in shots:
@@ -266,15 +273,18 @@ def make_prompts(item: Item, tokenizer, form: str, shots=(), context: int = 4096
     prompts = []
     for text, end in text_pairs(item, form):
         # Scored is what the text with its end does not share with the text alone.
-        whole = tokenizer.encode(front + text + end).ids
-        alone = tokenizer.encode(front + text).ids
+        before, whole, _ = three_parts(tokenizer.encode(front + text + end))
+        _, alone, _ = three_parts(tokenizer.encode(front + text))
         first = n_shared(whole, alone)
-        cut = max(0, len(whole) - 1 - context)
-        fits = cut < first < len(whole)
+        cut = max(0, len(before) + len(whole) - 1 - context)
+        asked = cut < first or (cut == 0 and len(before) > 0)
+        fits = asked and first < len(whole)
         require(fits, f"{end!r:.80} does not fit into a context of {context} tokens")
         # The token at place i is predicted one place before.
-        scored = [(i - 1 - cut, whole[i]) for i in range(first, len(whole))]
-        prompts.append(Prompt(whole[cut:-1], [scored]))
+        tokens = before + whole[cut:]
+        start = len(tokens) - len(whole) + first
+        scored = [(i - 1, tokens[i]) for i in range(start, len(tokens))]
+        prompts.append(Prompt(tokens[:-1], [scored], cut))
     if form == "full":
         return prompts
 
@@ -286,7 +296,14 @@ def make_prompts(item: Item, tokenizer, form: str, shots=(), context: int = 4096
     hint = "score with --form full"
     problem = f"this tokenizer has no single token for ' A', ' B' and so on; {hint}"
     require(single and same, problem)
-    return [Prompt(tokens, options)]
+    return [Prompt(tokens, options, prompts[0].n_cut)]
+
+
+def tell_cuts(prompts: list[list[Prompt]], what: str):
+    """Say how many questions lost their beginning."""
+    n = sum(any(prompt.n_cut for prompt in group) for group in prompts)
+    if n:
+        note(f"{n} of {len(prompts)} {what} are longer than the context: their beginning is cut")
 
 
 def n_shared(first: list[int], second: list[int]) -> int:

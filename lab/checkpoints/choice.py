@@ -20,6 +20,7 @@ from lab.checkpoints.benchmarks import (
     make_prompts,
     not_asked,
     read_items,
+    tell_cuts,
     text_pairs,
 )
 from lab.checkpoints.remixed import pass_memory, plan_comparison, remix_benchmark
@@ -58,6 +59,7 @@ def answer_benchmark(values: dict) -> int:
     problem = f"{config.model} has no tokenizer.json, so that it cannot read words"
     require(tokenizer is not None, problem)
     prompts = [make_prompts(item, tokenizer, config.form, shots, context) for item in items]
+    tell_cuts(prompts, "questions")
     longest = max(len(prompt.tokens) for group in prompts for prompt in group)
     spare = pass_memory(outline, longest, config.device)
     plan = None

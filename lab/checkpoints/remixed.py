@@ -14,7 +14,14 @@ import torch
 
 from data import Problems
 from lab.checkpoints.answers import kept_answers
-from lab.checkpoints.benchmarks import Item, Prompt, as_problems, make_prompts, not_asked
+from lab.checkpoints.benchmarks import (
+    Item,
+    Prompt,
+    as_problems,
+    make_prompts,
+    not_asked,
+    tell_cuts,
+)
 from lab.remixing.arena import Arena, Outcome, selected
 from lab.remixing.contest import compete, pooled
 from lab.remixing.tables import CONTEST_LEGEND, main_table
@@ -72,6 +79,7 @@ def plan_comparison(
     for item in solved:
         context = model.config.context
         examples += make_prompts(item, outline.tokenizer, "letters", shots, context)
+    tell_cuts([[prompt] for prompt in examples], "references")
 
     # The settings, and whether they fit the model.
     settings = paper_settings(model) | changes

@@ -5,6 +5,7 @@ No pickle is read, because that may run any code. A size is checked before memor
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,21 +19,26 @@ MAX_JSON = 2**23  # bytes of a file
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 LIMITS = {int: (1, 2**18), float: (1e-12, 1e12), bool: (False, True)}
 REQUIRED = object()  # the default of a setting that has none
-NEUTRAL = {  # keys that would change the result of a model, and the only value that we compute
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "scoring_func": "softmax",
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "routed_scaling_factor": 1,
-    "partial_rotary_factor": 1,
-    "quantization": None,  # as MLX says it
-    "quantization_config": None,
-    "rope_parameters": {"rope_type": "default"},
-    "rope_scaling": {"rope_type": "default"},
+NEUTRAL = {  # keys that can change the result of a model -> the values that do not
+    "hidden_act": ["silu", "swish"],
+    "attention_bias": [False],
+    "mlp_bias": [False],
+    "scoring_func": ["softmax"],
+    "n_group": [1],
+    "topk_group": [1],
+    "topk_method": ["greedy", "group_limited_greedy"],  # the same for one group
+    "routed_scaling_factor": [1],
+    "partial_rotary_factor": [1],
+    "quantization": [],  # as MLX says it
+    "quantization_config": [],
 }
+ROPE = {  # the same for keys of rope_scaling and rope_parameters; others are of other rope_types
+    "rope_type": ["default"],
+    "factor": [1],
+    "attention_factor": [1],
+    "partial_rotary_factor": [1],
+}
+FACTORED = ("linear", "dynamic", "yarn", "llama3")  # rope_types that a factor of 1 makes neutral
 INSTALL = 'pip install -e ".[hf]"'
 
 
@@ -68,27 +74,32 @@ def read_object(path: Path) -> dict:
 
 
 class Settings:
-    """The settings of a config.json, each checked when it is asked for."""
+    """The settings of a config.json, each checked when it is asked for. null counts as absent."""
 
     def __init__(self, raw: dict, path):
-        self.raw = dict(raw)
         self.path = path
-        # Some versions keep rope_theta inside of an object: it becomes a key of its own.
+        self.raw = {key: value for key, value in raw.items() if value is not None}
+        # What stands within an object becomes a key of its own, such as rope_scaling.factor.
         for key in ("rope_scaling", "rope_parameters"):
-            if isinstance(raw.get(key), dict):
-                rope = dict(raw[key])
-                if "type" in rope:
-                    rope["rope_type"] = rope.pop("type")
-                self.raw[f"{key}.rope_theta"] = rope.pop("rope_theta", None)
-                self.raw[key] = rope or None
+            rope = self.raw.get(key)
+            if not isinstance(rope, dict) or any(isinstance(each, dict) for each in rope.values()):
+                continue  # refused later: one rope for each kind of layer
+            del self.raw[key]
+            if "type" in rope:
+                rope = {"rope_type": rope["type"]} | rope
+            if rope.get("rope_type") in FACTORED and rope.get("factor") == 1:
+                rope = rope | {"rope_type": "default"}
+            for inner, value in rope.items():
+                if value is not None:
+                    self.raw[f"{key}.{inner}"] = value
 
     def get(self, kind: type, *keys: str, default=REQUIRED, low=None, high=None):
         """The value that stands under one of these keys, or under several that agree.
 
-        kind: int, float or bool; low, high: its limits. null counts as absent. ValueError that
-        names the key.
+        kind: int, float or bool, however it is written: 16.0 is an int, 0 and 1 are bools. low,
+        high: its limits. ValueError that names the key.
         """
-        given = {key: self.raw[key] for key in keys if self.raw.get(key) is not None}
+        given = {key: self.raw[key] for key in keys if key in self.raw}
         if not given:
             missing = f"{self.path} has no {' or '.join(keys)}"
             require(default is not REQUIRED, missing)
@@ -97,28 +108,38 @@ class Settings:
         lowest, highest = LIMITS[kind]
         low = lowest if low is None else low
         high = highest if high is None else high
-        kinds = (int, float) if kind is float else (kind,)  # type(True) is bool, not int
         for key, value in given.items():
-            fits = type(value) in kinds and low <= value <= high
+            number = type(value) in (int, float) or (kind is bool and type(value) is bool)
+            fits = number and low <= value <= high and kind(value) == value
             expected = f"expected {kind.__name__} from {low} to {high}"
             require(fits, f"{self.path}: {key} is {value!r:.60}; {expected}")
+        return kind(self.agreed(given))
 
-        values = set(given.values())
-        require(len(values) == 1, f"{self.path} contradicts itself: {given}")
-        return kind(values.pop())
+    def agreed(self, given: dict):
+        """The one value of all these keys."""
+        values = list(given.values())
+        require(values.count(values[0]) == len(values), f"{self.path} contradicts itself: {given}")
+        return values[0]
 
-    def require_plain(self, n_layers: int):
-        """ValueError for another activation, rope or scoring, or for layers of other kinds."""
-        neutral = NEUTRAL | {"layer_types": ["full_attention"] * n_layers}
-        for key, only in neutral.items():
+    def require_plain(self, others: dict[str, list]):
+        """ValueError for a key that would change the result: of NEUTRAL, ROPE, or these others."""
+        neutral = NEUTRAL | others | {"rope_scaling": [], "rope_parameters": []}
+        for inner, values in ROPE.items():
+            neutral |= {f"{key}.{inner}": values for key in ("rope_scaling", "rope_parameters")}
+        for key, values in neutral.items():
             value = self.raw.get(key)
-            problem = f"{self.path}: {key} is {value!r:.80}; we only compute {only!r:.60}"
-            require(value is None or value == only, problem)
+            expected = f"we only compute {(values or [None])[0]!r:.60}"
+            plain = value in (None, {}, *values)
+            require(plain, f"{self.path}: {key} is {value!r:.80}; {expected}")
+
+    def dtype(self) -> str:
+        """The numbers that the weights are saved in, by a name of torch."""
+        given = {key: self.raw[key] for key in ("dtype", "torch_dtype") if key in self.raw}
+        given = {key: str(value).removeprefix("torch.") for key, value in given.items()}
+        return self.agreed(given) if given else "float32"
 
     def within_window(self, context: int) -> int:
         """The context, cut to the window of attention: up to there both see the same tokens."""
-        if not self.raw.get("use_sliding_window", True):
-            return context
         window = self.get(int, "sliding_window", default=context, high=2**30)
         if window >= context:
             return context
@@ -192,7 +213,7 @@ def read_header(path: Path) -> dict:
 def require_tensors(expected, entries: dict, folder, family: str):
     """ValueError that names the first tensors that are missing, misshapen or not used.
 
-    expected: pairs (name, tensor) of a model; entries: what the files hold.
+    expected: pairs (name, tensor) of a model; entries: what the files hold, by the same names.
     """
     unused = dict(entries)
     wrong = []
@@ -214,16 +235,29 @@ def require_tensors(expected, entries: dict, folder, family: str):
 
 
 def copy_tensor(name: str, weight, entry):
-    """Copy a tensor of a file into a weight (n,) or (n, m), about a million numbers at a time.
+    """Copy a tensor of a file into a weight of its shape, about a million numbers at a time.
 
     ValueError where it holds no numbers, or larger ones than the weight can hold.
     """
-    step = 2**20 // weight[0].numel() + 1
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
+    for rows in portions(entry):
         weight[rows].copy_(entry[rows])
         dtype = str(weight.dtype).removeprefix("torch.")
         require_finite(name, weight[rows], f"the file holds none, or larger than {dtype} holds")
+
+
+def same_tensors(first, second) -> bool:
+    """Whether two tensors of files hold the same numbers."""
+    if first.get_shape() != second.get_shape():
+        return False
+    return all(torch.equal(first[rows].double(), second[rows].double()) for rows in portions(first))
+
+
+def portions(entry) -> Iterator[slice]:
+    """The rows of a tensor of a file, in slices of about a million numbers."""
+    n_rows, *width = entry.get_shape()
+    step = 2**20 // max(1, math.prod(width)) + 1
+    for start in range(0, n_rows, step):
+        yield slice(start, start + step)
 
 
 def room(device="cpu") -> float:
@@ -257,7 +291,8 @@ def room(device="cpu") -> float:
 def read_tokenizer(folder: Path, vocab_size: int):
     """tokenizer.json -> a Tokenizer of the library tokenizers; None where there is no such file.
 
-    ValueError for one that is broken, or larger than the model's vocabulary.
+    It puts nothing behind a text, since a prompt goes on. ValueError for one that is broken, or
+    larger than the model's vocabulary.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -270,18 +305,69 @@ def read_tokenizer(folder: Path, vocab_size: int):
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is no readable tokenizer: {one_line(error)}") from None
-    size = tokenizer.get_vocab_size()
-    require(size <= vocab_size, f"{path} has {size} tokens, the model only {vocab_size}")
-
-    # Begin every text with the token that tokenizer_config.json asks for.
-    bos = beginning(folder / "tokenizer_config.json")
-    number = None if bos is None else tokenizer.token_to_id(bos)
-    if number is not None:
-        template = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, number)])
-        tokenizer.post_processor = template
+    tokenizer = within_vocabulary(tokenizer, vocab_size, path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
+
+    # Find what it puts around a text: any that is not made of such tokens alone.
+    before, behind = [], []
+    for number in range(tokenizer.get_vocab_size()):
+        before, text, behind = three_parts(tokenizer.encode(tokenizer.decode([number])))
+        if text:
+            break
+
+    # Begin every text with the token that tokenizer_config.json asks for, and end it with none.
+    config = folder / "tokenizer_config.json"
+    bos = beginning(config)
+    if bos is not None:
+        before = [tokenizer.token_to_id(bos)]
+        require(before != [None], f"{config}: bos_token {bos!r:.60} is no token of {path.name}")
+    if behind:
+        ends = [tokenizer.id_to_token(number) for number in behind]
+        note(f"{path} ends every text with {ends}: left out, since a prompt goes on")
+    if bos is not None or behind:
+        tokens = [(tokenizer.id_to_token(number), number) for number in before]
+        single = [token for token, _ in tokens] + ["$A"]
+        template = processors.TemplateProcessing(single=single, special_tokens=tokens)
+        tokenizer.post_processor = template
+    outside = [number for number in before if number >= vocab_size]
+    require(not outside, f"{path} begins texts with {outside}, the model has {vocab_size} tokens")
     return tokenizer
+
+
+def within_vocabulary(tokenizer, vocab_size: int, path: Path):
+    """The tokenizer without special tokens behind the model's vocabulary, such as one for padding.
+
+    ValueError where it has others there.
+    """
+    vocabulary = tokenizer.get_vocab()
+    behind = {token for token, number in vocabulary.items() if number >= vocab_size}
+    if not behind:
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    n_tokens = max(vocabulary.values()) + 1
+    require(behind <= special, f"{path} has {n_tokens} tokens, the model only {vocab_size}")
+
+    names = ", ".join(sorted(behind))
+    note(f"{path}: {names:.80} is behind the model's {vocab_size:,} tokens: left out")
+    kept = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    content["added_tokens"] = kept
+    entries = content["model"]["vocab"]
+    if isinstance(entries, dict):
+        content["model"]["vocab"] = {t: i for t, i in entries.items() if i < vocab_size}
+    else:  # each with its score
+        content["model"]["vocab"] = entries[:vocab_size]
+    return type(tokenizer).from_str(json.dumps(content))
+
+
+def three_parts(encoding) -> tuple[list[int], list[int], list[int]]:
+    """The tokens that a tokenizer put before a text, those of the text, and those behind it."""
+    ids, added = encoding.ids, encoding.special_tokens_mask
+    own = [place for place, mark in enumerate(added) if not mark]
+    if not own:
+        return ids, [], []
+    return ids[: own[0]], ids[own[0] : own[-1] + 1], ids[own[-1] + 1 :]
 
 
 def beginning(path: Path) -> str | None:

@@ -26,7 +26,9 @@ from lab.checkpoints.benchmarks import (
     make_prompts,
     not_asked,
     read_items,
+    text_pairs,
 )
+from lab.checkpoints.untrusted import read_tokenizer
 from lab.remixing.arena import Arena
 from lab.remixing.contest import compete
 from lab.scores.cloze import answer_questions
@@ -42,6 +44,7 @@ ARC = {
     "choices": {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]},
     "answerKey": "B",
 }
+SHORT = ARC | {"question": "Hot?"}
 SCIQ = {
     "question": "Why not?",
     "correct_answer": "so",
@@ -188,7 +191,7 @@ def folder(tmp_path_factory):
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = byte_level(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    options = {"initial_alphabet": byte_level.alphabet(), "special_tokens": ["<s>"]}
+    options = {"initial_alphabet": byte_level.alphabet(), "special_tokens": ["<s>", "</s>"]}
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False, **options)
     text = "Question: What is hot? A. B. C. D. E. Answer: A B C D E"
     bpe.train_from_iterator([text] * 9, trainer)
@@ -239,9 +242,142 @@ def test_prompts(folder):
     read, end = texts("full", shots=[shot])
     assert read == "<s>Question: What is hot?\nAnswer: fire\n\nQuestion: Why not?\nAnswer: so"
     assert end == " so"
-    assert LETTERS.endswith(texts("letters", shots=[shot], context=9)[0])  # the beginning is lost
-    with refused("does not fit into a context of 1 tokens"):
-        texts("full", context=1)
+
+
+AROUND = ["plain", "begun", "ended", "both", "in two steps", "like BERT", "like RoBERTa"]
+
+
+def around(kind):
+    """A post-processor of the library tokenizers, which puts tokens around every text."""
+    processors = pytest.importorskip("tokenizers").processors
+    start, end = ("<s>", 0), ("</s>", 1)
+    single = {"begun": ["<s>", "$A"], "ended": ["$A", "</s>"], "both": ["<s>", "$A", "</s>"]}
+    single["in two steps"] = single["both"]
+    template = processors.TemplateProcessing(
+        single=single.get(kind, ["$A"]), special_tokens=[start, end]
+    )
+    others = {
+        "like BERT": lambda: processors.BertProcessing(end, start),
+        "like RoBERTa": lambda: processors.RobertaProcessing(end, start),
+        "in two steps": lambda: processors.Sequence([processors.ByteLevel(), template]),
+    }
+    return others[kind]() if kind in others else template
+
+
+@pytest.mark.parametrize("form", ["letters", "full"])
+@pytest.mark.parametrize("kind", AROUND)
+def test_prompts_in_every_context(kind, form, folder, tmp_path, capsys):
+    """The beginning token, then as much of the end of the text as fits; no end token, whether the
+    tokenizer comes from a folder or as it is. What is cut is counted."""
+    plain, raw = hf.load(folder)[1], hf.load(folder)[1]
+    plain.post_processor = around("plain")
+    raw.post_processor = around(kind)
+    raw.save(str(tmp_path / "tokenizer.json"))
+    read = read_tokenizer(tmp_path, 284)
+    ends = kind not in ("plain", "begun")
+    assert ("ends every text with ['</s>']: left out" in capsys.readouterr().err) == ends
+    before = [] if kind in ("plain", "ended") else [0]
+    assert read.encode("hot").ids == before + plain.encode("hot").ids
+
+    item = ROWS["sciq"][1]
+    texts = text_pairs(item, form)
+    for context in range(1, 60):
+        expected = []
+        for text, end in texts:
+            whole = plain.encode(text + end).ids
+            n_scored = len(whole) - len(plain.encode(text).ids)
+            room = context - len(before)
+            n_cut = max(0, len(whole) - 1 - room)
+            if n_cut >= len(whole) - n_scored:  # nothing of the question is left
+                expected = None
+                break
+            expected.append((before + whole[n_cut:-1], whole[-n_scored:], n_cut))
+        for tokenizer in (raw, read):
+            if expected is None:
+                with refused(f"does not fit into a context of {context} tokens"):
+                    make_prompts(item, tokenizer, form, context=context)
+                continue
+            found = []
+            for prompt in make_prompts(item, tokenizer, form, context=context):
+                for option in prompt.options:
+                    n, scored = len(prompt.tokens), [token for _, token in option]
+                    assert [place for place, _ in option] == list(range(n - len(scored), n))
+                    found.append((prompt.tokens, scored, prompt.n_cut))
+            assert found == expected
+
+
+def padded_by(*tokens):
+    """Special tokens behind the vocabulary; the tokenizer pads with the first."""
+
+    def change(tokenizer):
+        number = tokenizer.get_vocab_size()
+        tokenizer.add_special_tokens(list(tokens))
+        tokenizer.enable_padding(pad_id=number, pad_token=tokens[0], length=99)
+
+    return change
+
+
+def begun_by(token):
+    """A special token behind the vocabulary, which begins all texts."""
+
+    def change(tokenizer):
+        tokenizer.add_special_tokens([token])
+        processors = pytest.importorskip("tokenizers").processors
+        special = [(token, tokenizer.token_to_id(token))]
+        template = processors.TemplateProcessing(single=[token, "$A"], special_tokens=special)
+        tokenizer.post_processor = template
+
+    return change
+
+
+BEHIND = {  # tokens behind the vocabulary -> what is said of them
+    "one": (padded_by("<pad>"), "<pad> is behind the model's 284 tokens: left out"),
+    "two": (padded_by("<pad>", "<mask>"), "<mask>, <pad> is behind the model's 284 tokens"),
+    "a word": (lambda tokenizer: tokenizer.add_tokens(["fire"]), None),
+    "before all texts": (begun_by("<pad>"), None),
+}
+
+
+@pytest.mark.parametrize("which", BEHIND)
+def test_tokens_behind_the_vocabulary(which, folder, tmp_path, capsys):
+    """One that no text makes is left out, and that is said; others are refused."""
+    change, told = BEHIND[which]
+    tokenizer = hf.load(folder)[1]
+    tokenizer.post_processor = around("plain")
+    expected = tokenizer.encode("fire and ice").ids
+    change(tokenizer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    if told is None:
+        with refused("tokenizer.json", "the model"):
+            read_tokenizer(tmp_path, 284)
+        return
+    read = read_tokenizer(tmp_path, 284)
+    assert told in capsys.readouterr().err
+    assert read.encode("fire and ice").ids == expected
+    assert max(read.encode("<pad> and <mask>").ids) < 284
+
+
+LONG = ARC | {"question": "What is hot? " * 40}
+TOLD = {  # asked, references -> what is said of them
+    "a long question": ([LONG, ARC], [], "1 of 2 questions are longer than the context: their b"),
+    "a hidden answer": ([ARC, ARC | {"answerKey": ""}], [], "1 of 2 questions of arc_easy have no"),
+    "long references": ([ARC], [LONG, SHORT, SHORT], "1 of 3 references are longer than the con"),
+    "a known answer": ([ARC], [ARC, SHORT, SHORT], "1 of 3 references are asked, too: left out"),
+}
+
+
+@pytest.mark.parametrize("what", TOLD)
+def test_what_is_not_used_is_told(what, folder, tmp_path, monkeypatch, capsys):
+    """Whatever of the rows is cut or left out is counted."""
+    monkeypatch.chdir(tmp_path)
+    asked, solved, message = TOLD[what]
+    flags = ["--model", str(folder), "--task", "arc_easy"]
+    flags += ["--data-file", write(tmp_path / "rows", asked)]
+    if solved:
+        flags += ["--references", "arc_easy", "--k", "1", "--steps", "1"]
+        flags += ["--reference-files", write(tmp_path / "solved", solved)]
+    assert choice.main(flags) == 0
+    assert f"note: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.full

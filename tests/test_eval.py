@@ -117,6 +117,10 @@ def test_sample_shows_what_generate_returns(run, tales, call, capsys, complaint)
     assert call(eval_py, f"sample {run} --prompt {'long' * 99}") == 1
     assert "the prompt has" in complaint()
     assert call(eval_py, f"sample {run} --split test") == 2  # it looks at no split
+    capsys.readouterr()
+    assert call(eval_py, f"sample {run} --prompt Once --temperature 0 --tokens 999") == 0
+    fits = f"the context of 32 tokens has room for {32 - len(prompt)}: no more are added"
+    assert complaint() == f"note: {fits}"
 
 
 def test_cloze_questions_are_fair(tales):
@@ -134,6 +138,21 @@ def test_cloze_questions_are_fair(tales):
     assert len(stories) == len(place) >= 20 and (place.bincount(minlength=4) > 0).all()
     again = tales.problems("test")  # the same questions for every model
     assert torch.equal(again.options, questions.options)
+
+
+def test_long_stories_are_told(tales, tmp_path, capsys):
+    """A story that does not fit into the context loses its beginning, and that is counted."""
+    whole = tales.problems("test")
+    assert "longer than" not in capsys.readouterr().err
+    short = TextData(str(tmp_path / "tales.txt"), context=int(whole.lengths.max()) - 1)
+    questions = short.problems("test")
+    n_long = int((whole.lengths > short.context).sum())
+    told = f"{n_long} of {len(whole.labels)} stories of test are longer than the context, "
+    assert told in capsys.readouterr().err
+    for i, length in enumerate(whole.lengths):
+        start = max(0, int(length) - short.context)
+        kept = questions.tokens[i, : questions.lengths[i]]
+        assert torch.equal(kept, whole.tokens[i, start:length])
 
 
 def test_cloze_answers(tales):

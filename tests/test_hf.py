@@ -434,6 +434,10 @@ def test_tokenizer(good, tmp_path):
     settings = {"add_bos_token": True, "bos_token": {"content": "<s>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert hf.load(folder)[1].encode("a b").ids == [0, 1, 2]
+    settings["bos_token"] = "<bos>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with refused("bos_token '<bos>' is no token of tokenizer.json"):
+        hf.load(folder)
     tokenizer.add_tokens([f"t{i}" for i in range(50)])
     tokenizer.save(str(path))
     with refused("has 53 tokens, the model only 48"):

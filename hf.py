@@ -5,7 +5,7 @@
 A checkpoint is a folder of config.json, model.safetensors (or an index and several such files) and
 tokenizer.json. A family of models differs from another in the names of its tensors and in some
 settings; this page has a table for the names, reads config.json, and then loads and saves. The
-files may be broken or hostile: `lab/checkpoints/untrusted.py` reads them.
+files may be broken or hostile: lab/checkpoints/untrusted.py and tokenizer.py there read them.
 """
 
 from lab.tools import cli, flags
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lab.checkpoints.tokenizer import read_tokenizer
 from lab.checkpoints.untrusted import (
     DTYPES,
     Settings,
@@ -31,7 +32,6 @@ from lab.checkpoints.untrusted import (
     one_line,
     read_entries,
     read_object,
-    read_tokenizer,
     require_tensors,
     room,
     same_tensors,

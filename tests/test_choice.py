@@ -28,7 +28,7 @@ from lab.checkpoints.benchmarks import (
     read_items,
     text_pairs,
 )
-from lab.checkpoints.untrusted import read_tokenizer
+from lab.checkpoints.tokenizer import read_tokenizer
 from lab.remixing.arena import Arena
 from lab.remixing.contest import compete
 from lab.scores.cloze import answer_questions

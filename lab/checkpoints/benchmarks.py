@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 from data import Problems
-from lab.checkpoints.untrusted import INSTALL, download, three_parts
+from lab.checkpoints.tokenizer import three_parts
+from lab.checkpoints.untrusted import INSTALL, download
 from lab.tools.cli import note
 from moe import require
 from pathways import padded

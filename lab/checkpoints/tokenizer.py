@@ -1,0 +1,105 @@
+"""A checkpoint's tokenizer, which may be broken or hostile, as prompts and generation need it."""
+
+import json
+from pathlib import Path
+
+from lab.checkpoints.untrusted import INSTALL, one_line, read_object
+from lab.tools.checks import require
+from lab.tools.cli import note
+
+
+def read_tokenizer(folder: Path, vocab_size: int):
+    """tokenizer.json -> a Tokenizer of the library tokenizers; None where there is no such file.
+
+    It puts nothing behind a text, since a prompt goes on. ValueError for one that is broken, or
+    larger than the model's vocabulary.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        from tokenizers import Tokenizer, processors
+    except ImportError:
+        raise ValueError(f"{path} needs the library tokenizers: {INSTALL}") from None
+    try:
+        tokenizer = within_vocabulary(Tokenizer.from_file(str(path)), vocab_size, path)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        before, behind = around_texts(tokenizer)
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no readable tokenizer: {one_line(error)}") from None
+
+    # Begin every text with the token that tokenizer_config.json asks for, and end it with none.
+    config = folder / "tokenizer_config.json"
+    bos = beginning(config)
+    if bos is not None:
+        before = [tokenizer.token_to_id(bos)]
+        require(before != [None], f"{config}: bos_token {bos!r:.60} is no token of {path.name}")
+    outside = [number for number in before if number >= vocab_size]
+    require(not outside, f"{path} begins texts with {outside}, the model has {vocab_size} tokens")
+    if behind:
+        ends = [tokenizer.id_to_token(number) for number in behind]
+        note(f"{path} ends every text with {ends}: left out, since a prompt goes on")
+    if bos is not None or behind:
+        tokens = [(tokenizer.id_to_token(number), number) for number in before]
+        single = [token for token, _ in tokens] + ["$A"]
+        template = processors.TemplateProcessing(single=single, special_tokens=tokens)
+        tokenizer.post_processor = template
+    return tokenizer
+
+
+def within_vocabulary(tokenizer, vocab_size: int, path: Path):
+    """The tokenizer without special tokens behind the model's vocabulary, such as one for padding.
+
+    ValueError where it has others there.
+    """
+    vocabulary = tokenizer.get_vocab()
+    behind = {token for token, number in vocabulary.items() if number >= vocab_size}
+    if not behind:
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    n_tokens = max(vocabulary.values()) + 1
+    require(behind <= special, f"{path} has {n_tokens} tokens, the model only {vocab_size}")
+
+    names = ", ".join(sorted(behind))
+    note(f"{path}: {names:.80} is behind the model's {vocab_size:,} tokens: left out")
+    kept = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    content["added_tokens"] = kept
+    entries = content["model"]["vocab"]
+    if isinstance(entries, dict):
+        content["model"]["vocab"] = {t: i for t, i in entries.items() if i < vocab_size}
+    else:  # each with its score
+        content["model"]["vocab"] = entries[:vocab_size]
+    return type(tokenizer).from_str(json.dumps(content))
+
+
+def around_texts(tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens that it puts before and behind every text."""
+    for number in range(tokenizer.get_vocab_size()):
+        before, text, behind = three_parts(tokenizer.encode(tokenizer.decode([number])))
+        if text:
+            return before, behind
+    return [], []
+
+
+def three_parts(encoding) -> tuple[list[int], list[int], list[int]]:
+    """The tokens that a tokenizer put before a text, those of the text, and those behind it."""
+    ids, added = encoding.ids, encoding.special_tokens_mask
+    own = [place for place, mark in enumerate(added) if not mark]
+    if not own:
+        return ids, [], []
+    return ids[: own[0]], ids[own[0] : own[-1] + 1], ids[own[-1] + 1 :]
+
+
+def beginning(path: Path) -> str | None:
+    """The token with which a text begins, by tokenizer_config.json; None without one."""
+    raw = read_object(path) if path.is_file() else {}
+    if raw.get("add_bos_token") is not True:
+        return None
+    bos = raw.get("bos_token")
+    if isinstance(bos, dict):
+        bos = bos.get("content")
+    return None if bos is None else str(bos)

@@ -22,7 +22,8 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     "pathways": CHECKS | {"moe", "pathways", "lab.tools.files", "lab.tools.processes"},
     "remix.py": CHECKS | {"moe", "pathways"},
     "hf.py": CHECKS
-    | {"moe", "lab.checkpoints.untrusted", "lab.tools.cli", "lab.tools.files", "lab.tools.flags"},
+    | {f"lab.tools.{name}" for name in ("cli", "files", "flags")}
+    | {"moe", "lab.checkpoints.untrusted", "lab.checkpoints.tokenizer"},
     "lab/tools": MODELS | {"lab.tools", "lab.composing.presets"},
     "lab/tools/configs.py": set(),
     "lab/tools/checks.py": {"lab.tools.configs"},
@@ -41,6 +42,8 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     "lab/remixing": EXPERIMENTS | {"lab.remixing"},
     "lab/checkpoints": EXPERIMENTS | {"lab.remixing", "lab.checkpoints"},
     "lab/checkpoints/untrusted.py": {"lab.tools.checks", "lab.tools.cli", "lab.tools.files"},
+    "lab/checkpoints/tokenizer.py": {"lab.tools.checks", "lab.tools.cli"}
+    | {"lab.checkpoints.untrusted"},
     "lab/playground": EXPERIMENTS | {"lab.remixing", "lab.composing.presets", "lab.playground"},
     "lab/speed": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.speed"},
     "lab/pages": EXPERIMENTS

@@ -122,27 +122,33 @@ def routing_command(values: dict) -> int:
         even = load.mean()
         numbers = (special.entropy[i], special.top[i], load.min() / even, load.max() / even)
         cells = [f"{number:.2f}" for number in numbers]
-        rows.append([name, *cells, cli.bar_line(load)])
-    header = ["", "entropy", "top-1", "least", "most", "load of each expert"]
+        idle = int((load < even / 10).sum())
+        rows.append([name, *cells, idle or "-", cli.bar_line(load)])
+    header = ["", "entropy", "top-1", "least", "most", "idle", "load of each expert"]
     print(cli.table(rows, header=header))
     print("entropy: of a token's probabilities, 1 = uniform; top-1: that of its first choice;")
-    even = f"{special.load.mean():.0%}"
-    print(f"least, most: load of an expert, 1 = an even share, which is {even} of the tokens\n")
+    even = f"{special.load.mean():.1%}"
+    print(f"least, most: load of an expert, 1 = an even share, which is {even} of the tokens;")
+    print("idle: experts with less than a tenth of that\n")
 
-    # Which kinds does each expert take most of? Of equals, the most frequent kind comes first.
-    for name, shares in zip(names, special.shares.round(2), strict=True):  # (R, E)
-        rows = []
-        for expert, share in enumerate(shares.T):  # (R,)
-            best = np.argsort(-share, kind="stable")[:6]
-            text = "  ".join(f"{special.kinds[kind]} {share[kind]:.0%}" for kind in best)
-            rows.append((expert, text))
-        print(cli.table(rows, header=[name, "takes most of"], left=2), end="\n\n")
+    # Who is most specialised? Of equals, the first one; its most frequent kind comes first.
+    print("The most specialised experts, by how much a kind of token is ahead of all tokens:\n")
+    rows = []
+    for i, name in enumerate(names):
+        shares, load = special.shares[i].round(2), special.load[i]  # (R, E), (E,)
+        ahead = (shares - load).max(0)
+        for expert in np.argsort(-ahead, kind="stable")[:5]:
+            best = np.argsort(-shares[:, expert], kind="stable")[:4]
+            taken = [f"{figures.readable(special.kinds[r])} {shares[r, expert]:.0%}" for r in best]
+            rows.append([name, expert, ",  ".join(taken), f"{load[expert]:.0%}"])
+            name = ""
+    header = ["", "expert", "share of a kind that visits it", "load"]
+    print(cli.table(rows, header=header, left=3), end="\n\n")
 
     # Draw the most frequent kinds.
     path = folder / "routing.png"
-    shares, kinds = special.shares[:, :12], special.kinds[:12]
     title = f"Which expert does what: {folder}, {split}"
-    figures.routing_figure(shares, special.load, kinds, names, title, path)
+    figures.routing_figure(special.shares[:, :12], special.kinds[:12], names, title, path)
     print(f"wrote {path}")
 
     numbers = {"places": names, "kinds": special.kinds}
@@ -236,9 +242,10 @@ def remix_command(values: dict) -> int:
     n = len(arenas[0].labels)
     references = arenas[0].references
     right = np.mean([int(arena.references.correct.sum()) for arena in arenas])
-    text = f"{len(folders)} runs, {n:,} prompts of {split} each; "
+    n_runs = "1 run" if len(folders) == 1 else f"{len(folders)} runs"
+    text = f"{n_runs}, {n:,} prompts of {split} each; "
     text += f"{len(references.labels):,} references, {right:,.0f} answered right"
-    name, title = f"remix-{split}", f"{len(folders)} seeds, {split}"
+    name, title = f"remix-{split}", f"{n_runs}, {split}"
     if strict:
         text += ", of which none shares an operand with its prompt"
         name += "-strict"
@@ -263,7 +270,7 @@ def remix_command(values: dict) -> int:
             return 0
         print(contest_report(result))
         paths = contest_figures(result, str(out / name))
-    print("\nwrote", ", ".join(map(str, paths)))
+    print("\nwrote", ", ".join(map(str, paths)), "(look at them)")
     return save_scores(out, name, result)
 
 
@@ -282,6 +289,11 @@ def robustness_command(values: dict) -> int:
     folder, model, task, split = open_run(values)
     rows = measure_robustness(model, task, split)
     print(robustness_table(rows))
+    print(
+        "\ntop-1: each token's first choice is disabled; rescaled: the others' weights then sum to"
+    )
+    print("1; a quarter: of the experts that a token visits, the best; layer 0: top-1 there only;")
+    print("not 0: but there; q: top-1 with this probability; noise: on the logits")
     path = folder / f"robustness-{split}.png"
     robustness_figure({folder.name: rows}, path)
     print(f"\nwrote {path}")

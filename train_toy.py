@@ -131,7 +131,7 @@ def finish(model, task: Task, train: TrainConfig, folder: Path, log, single: boo
         loads = dict(zip(names, special.load, strict=True))
         title = f"Which expert does what: {what}"
         path = folder / "routing.png"
-        figures.routing_figure(special.shares, special.load, special.kinds, names, title, path)
+        figures.routing_figure(special.shares, special.kinds, names, title, path)
 
     # Score it, and let it show what it can do.
     scores = final_scores(model, task)

@@ -153,7 +153,7 @@ print(cli.table(rows, ["test", *keys]))
 special = specialisation(models["moe"], task)
 layers = router_names(models["moe"])
 title = "Which expert does what"
-figures.routing_figure(special.shares, special.load, special.kinds, layers, title)
+figures.routing_figure(special.shares, special.kinds, layers, title)
 
 # %%
 for layer, shares in zip(layers, special.shares, strict=True):  # shares (skills, experts)

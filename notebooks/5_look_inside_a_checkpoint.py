@@ -445,7 +445,7 @@ print("without reading    (%)", percent_right(most_frequent))
 # %%
 special = specialisation(counting, largest)
 title = "Which expert takes which digit"
-figures.routing_figure(special.shares, special.load, special.kinds, router_names(counting), title)
+figures.routing_figure(special.shares, special.kinds, router_names(counting), title)
 
 # %% [markdown]
 # ## Exercises

@@ -15,7 +15,7 @@ from pretended import PretendedDevice, move
 import eval as eval_py
 from lab.remixing import cost
 from lab.remixing.arena import Arena, Outcome, judged, own_answers
-from lab.remixing.contest import pooled, run_contest
+from lab.remixing.contest import cases, pooled, run_contest
 from lab.remixing.controls import wrong_labels
 from lab.remixing.corrections import carried_corrections, mended_pathways, shuffled_corrections
 from lab.remixing.methods import METHODS, Method, run_method, tuned_settings
@@ -209,6 +209,42 @@ def test_formula_is_what_the_profiler_counts():
 
 
 @pytest.mark.full
+def test_what_does_not_fit_is_left_out(arena, capsys):
+    """Where the context is full a prompt stands alone, and is answered as without examples."""
+    arena.model.config.context = 9  # the prompts have 3 to 5 tokens, an example 4 to 6
+    result = run_method("in-context", arena)
+    alone = (result.logits == result.logits_before).all(1)  # (6,)
+    assert 0 < alone.sum() < 6
+    assert f"{alone.sum()} of 6 prompts stand alone" in capsys.readouterr().err
+
+
+def test_a_method_that_fails_costs_its_row_only(arena, monkeypatch, capsys):
+    """The other rows are kept, and the reason is told."""
+
+    def failing(arena, **settings):
+        raise ValueError("too large")
+
+    monkeypatch.setitem(METHODS, "entropy", Method(failing, like="NGD"))
+    result = run_contest([Path("a")], [arena], ["NGD", "entropy", "oracle"], {}, [], "one run")
+    assert [*result["rows"]] == ["base", "NGD", "oracle"]
+    assert "no row entropy: too large" in capsys.readouterr().err
+    contest_report(result)
+
+
+def test_cases_are_in_words(arena):
+    """Up to three prompts that NGD mends and one that it breaks, with what was answered."""
+    right = np.array([True, False, False, False, False, True])
+    before = Outcome(np.arange(6) + ~right, right, right, 0.0)
+    outcomes = {
+        "base": before,
+        "NGD": Outcome(np.array([0, 1, 2, 3, 4, 6]), ~before.right, right, 0.0),
+    }
+    outcomes["NGD"].right[0] = True
+    rows = cases(outcomes, arena)
+    assert [row[0] for row in rows] == ["mended"] * 3 + ["broken"]
+    assert rows[3] == ["broken", arena.words(arena.tokens[5, :5].tolist()), "5", "6", "5"]
+
+
 def test_commands(train, call, capsys):
     """A run ends with a taste of re-mixing; eval.py remix prints the table and writes files."""
     assert train("--taste --steps 2 --out out/a") == 0

@@ -17,7 +17,7 @@ from lab.remixing import arena
 from lab.scores.cloze import answer_questions, most_frequent, share_right
 from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
-from lab.tools import runs
+from lab.tools import figures, runs
 from lab.tools.texts import END
 from moe import MoEConfig, MoETransformer
 
@@ -65,7 +65,7 @@ def test_routing_counts_every_visit(run, tales, call, capsys):
     """Loads, shares of a kind and entropy are those of a plain count."""
     assert call(eval_py, f"routing {run}") == 0
     text = capsys.readouterr().out
-    assert "layer 1" in text and "takes most of" in text
+    assert "layer 1" in text and "share of a kind that visits it" in text
     assert (run / "routing.png").exists() and (run / "routing-dev.json").exists()
 
     model, _ = runs.load_run(run)
@@ -79,6 +79,18 @@ def test_routing_counts_every_visit(run, tales, call, capsys):
     np.testing.assert_allclose(shares, visits[the].mean(0), atol=1e-6)
     entropy = torch.distributions.Categorical(routing.probs).entropy().mean() / math.log(4)
     assert special.entropy[1] == pytest.approx(entropy.item(), rel=1e-4)
+
+
+def test_routing_figure_holds_with_64_experts():
+    """Some experts are named, not all on top of each other; bars are the means of the rows."""
+    shares = np.random.default_rng(0).random((3, 12, 64))
+    kinds = [f"' word{i}'" for i in "abcdefghijkl"]
+    fig = figures.routing_figure(shares, kinds, ["layer 0", "layer 1", "layer 2"], "64")
+    bars, shown = fig.axes[0], fig.axes[2]
+    assert len(bars.patches) == 64 and len(shown.get_xticklabels()) == 10
+    heights = sorted(bar.get_height() for bar in bars.patches)
+    np.testing.assert_allclose(heights, sorted(100 * shares[0].mean(0)))
+    assert shown.get_yticklabels()[0].get_text() == "worda"
 
 
 def test_routers_have_places():

@@ -163,7 +163,6 @@ def draw_all(folder: Path):
         special = stored_result(f"routing-{name}")
         figures.routing_figure(
             np.array(special["shares"])[:, :12],
-            np.array(special["load"]),
             special["kinds"][:12],
             special["places"],
             f"Which expert does what: {name}, one seed",

@@ -25,6 +25,7 @@ from lab.tools.cli import note
 from moe import require
 from pathways import Neighbours, ReferenceSet, Tail, best_token, find_neighbours, frozen
 from pathways.checks import as_tuples
+from pathways.explain import numbers
 from pathways.prompts import trimmed
 from remix import RemixConfig, RemixResult, critical_layers, remix
 
@@ -44,6 +45,7 @@ class Arena:
     options: torch.Tensor | None = None  # (n, O) tokens to choose from; None: all
     allowed: torch.Tensor | None = None  # (n, m) bool: who may be a neighbour
     about: Prompts | None = None  # more about prompts of the skills task
+    words: Callable = numbers  # tokens -> text, see Task.words
     task: str | None = None  # what methods were tuned to; None: they take their defaults
     seed: int = 0
     prefixes: dict | None = None  # of the prompts, kept for all methods, by where they are cut
@@ -222,6 +224,7 @@ def arena_of(folder: Path, split: str, most=None, given=None, strict=False, rout
         asked.options,
         allowed=~share_operands(asked, solved) if strict else None,
         about=asked.about,
+        words=task.words,
         task=task.name,
         seed=train["seed"],
         content=task.content,

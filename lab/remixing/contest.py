@@ -26,6 +26,7 @@ from lab.tools import processes, statistics
 from lab.tools.files import read_json
 from moe import require
 from pathways import near_copies
+from pathways.checks import as_tuples
 
 
 def compete(arena: Arena, names, given: dict | None = None, share=False) -> dict[str, Outcome]:
@@ -40,11 +41,14 @@ def compete(arena: Arena, names, given: dict | None = None, share=False) -> dict
         target_of = METHODS[name].target
         target = target_of(arena) if target_of else None
         method = partial(run_method, name, given=given)
-        outcomes[name] = judged(arena, method, target)
+        try:
+            outcomes[name] = judged(arena, method, target)
+        except ValueError as error:  # the other rows are worth having
+            cli.note(f"no row {name}: {error}")
     if share:
         for theirs in processes.gathered(outcomes)[::-1]:  # base as the first one had it
             outcomes |= theirs
-    return {name: outcomes[name] for name in ("base", *names)}
+    return {name: outcomes[name] for name in ("base", *names) if name in outcomes}
 
 
 def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None) -> dict:
@@ -59,7 +63,7 @@ def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None
     before = [run["base"].right[mask] for run, mask in zip(runs, kept, strict=True)]
 
     rows = {}
-    for name in runs[0]:
+    for name in [name for name in runs[0] if all(name in run for run in runs)]:
         # What a method answers, run by run.
         right, changed, ms = [], [], []
         for run, mask in zip(runs, kept, strict=True):
@@ -97,6 +101,7 @@ def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title:
         if beside:
             outcomes["larger, dense"] = larger_model(arena, beside[i])
         runs.append(outcomes)
+    names = [name for name in names if all(name in outcomes for outcomes in runs)]
 
     # Every method on all prompts, and on subsets of them; what it costs, on some of them.
     clusters = [arena.clusters for arena in arenas]
@@ -127,7 +132,32 @@ def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title:
     if len(runs) > 2:
         result["p"], result["ahead"] = declared_tests(rows)
     result["example"] = largest_gain(arenas[0], given)
+    if "NGD" in rows:
+        result["cases"] = cases(runs[0], arenas[0])
     return result
+
+
+def short(text: str, most: int = 60) -> str:
+    """The end of a text, of so many letters at most."""
+    return text if len(text) <= most else f"...{text[3 - most :]}"
+
+
+def cases(outcomes: dict[str, Outcome], arena: Arena) -> list[list[str]]:
+    """Three prompts that NGD mends, and one that it breaks, drawn at random, in words: what became
+    of it, the prompt, what the model answers, what it answers with NGD, the right answer."""
+    before, after = outcomes["base"], outcomes["NGD"]
+    prompts = as_tuples(arena.tokens, arena.lengths)
+    rng = np.random.default_rng(0)
+    rows = []
+    for kind, kept, most in (
+        ("mended", after.right & ~before.right, 3),
+        ("broken", before.right & ~after.right, 1),
+    ):
+        for i in rng.permutation(np.flatnonzero(kept))[:most]:
+            answers = (before.answer[i], after.answer[i], arena.labels[i])
+            words = [arena.words([int(answer)]) for answer in answers]
+            rows.append([kind, short(arena.words(list(prompts[i]))), *words])
+    return rows
 
 
 def pooled_subsets(runs: list[dict[str, Outcome]], arenas: list[Arena]) -> tuple[dict, dict]:
@@ -234,6 +264,8 @@ def largest_gain(arena: Arena, given: dict) -> dict:
     names = router_names(arena.model)
     return {
         "tokens": arena.tokens[best, -4:].tolist(),
+        "words": short(arena.words(list(as_tuples(arena.tokens, arena.lengths)[best]))),
+        "top_k": arena.model.config.top_k,
         "right": [float(before[best]), float(after[best])],
         "rows": [names[router] for router in arena.tail.routers],
         "panels": panels,

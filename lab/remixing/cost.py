@@ -3,6 +3,9 @@
 `python -m lab.speed` measures it, beside everything else.
 """
 
+import io
+from contextlib import redirect_stderr
+
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +35,8 @@ def count_operations(call) -> int:
 
     # The operators behind F.grouped_mm, and behind the attention of a single token.
     mapping = {torch.ops.aten._grouped_mm: grouped, torch.ops.aten.bmm: nothing}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with counter, redirect_stderr(io.StringIO()):  # what it notes, it notes where it is scored
         call()
     return counter.get_total_flops()
 

@@ -6,7 +6,6 @@ Each returns its figure, and writes it to a path where one is given.
 from pathlib import Path
 
 import numpy as np
-from matplotlib.patches import Rectangle
 
 from lab.remixing.reach import RIGHT, WRONG
 from lab.remixing.tables import WRONG_LABEL
@@ -195,6 +194,8 @@ def pathway_figure(
 
     rows: the names of the routers. top_k: frame what is visited. changes: in blue where the first
     pathway does not visit it."""
+    from matplotlib.patches import Rectangle  # as late as in lab/tools/figures.py
+
     R, E = next(iter(pathways.values())).shape
     n = len(pathways)
     fig, axes = figure(1.0 + 2.4 * n, 1.8 + 0.26 * R, ncols=n, squeeze=False)

@@ -17,6 +17,7 @@ import torch
 
 from lab.remixing.arena import Arena, Outcome, own_answers
 from lab.tools import runs
+from lab.tools.cli import note
 from moe import Cache, Router, require
 from pathways import Tail, cross_entropy, find_neighbours, frozen, padded, portions
 from pathways.checks import as_tuples
@@ -24,18 +25,30 @@ from pathways.prompts import trimmed
 
 
 def in_context(arena: Arena, k: int = 3):
-    """The k nearest neighbours with their answers before the prompt, the nearest last."""
+    """The k nearest neighbours with their answers before the prompt, the nearest last.
+
+    Neighbours that do not fit into the context are left out, the farthest first."""
     references = arena.references
     near = arena.find(k=k)
 
     # Every prompt behind its solved neighbours.
     known = as_tuples(references.tokens, references.lengths)
-    prompts = []
+    prompts, n_left_out, n_alone = [], 0, 0
+    context = arena.model.config.context
     for i, row in enumerate(as_tuples(arena.tokens, arena.lengths)):
-        examples = []
-        for j in near.index[i][near.weight[i] > 0].flip(0).tolist():
-            examples += [*known[j], int(references.labels[j])]
-        prompts.append([*examples, *row])
+        prompt = list(row)
+        neighbours = near.index[i][near.weight[i] > 0].tolist()  # the nearest first
+        for n_placed, j in enumerate(neighbours):
+            example = [*known[j], int(references.labels[j])]
+            if len(example) + len(prompt) > context:
+                n_left_out += len(neighbours) - n_placed
+                break
+            prompt = example + prompt
+        n_alone += len(prompt) == len(row)
+        prompts.append(prompt)
+    if n_left_out:
+        text = f"{n_left_out:,} neighbours do not fit into a context of {context} tokens"
+        note(f"in-context: {text}, {n_alone:,} of {len(prompts):,} prompts stand alone")
 
     # What the model answers.
     tokens, lengths = padded(prompts, arena.model.config.vocab_size)

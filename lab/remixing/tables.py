@@ -84,6 +84,9 @@ def contest_report(result: dict) -> str:
     ]
     if "errors" in result:
         texts.append(mistakes_table(result["errors"]))
+    if result.get("cases"):
+        header = ["with NGD", "prompt", "answer before", "after", "right"]
+        texts.append(table(result["cases"], header, left=2))
     if result.get("once"):
         texts.append(once_table(result))
     if result.get("ahead"):

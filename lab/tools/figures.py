@@ -4,6 +4,7 @@ A figure is one function without computation but layout. It returns the figure, 
 path where one is given.
 """
 
+import ast
 from pathlib import Path
 
 import numpy as np
@@ -114,9 +115,26 @@ def preference(shares: np.ndarray) -> np.ndarray:
     return np.lexsort((-shares.max(0), favourite))
 
 
+def readable(kind: str) -> str:
+    """A kind of token as people read it. Tokens of a text are named by their `repr`.
+
+    >>> [readable(kind) for kind in ("max(a, b)", "' the'", "'ing'", "'.'", "'\\\\n'")]
+    ['max(a, b)', 'the', '…ing', '.', 'line end']
+    """
+    if kind[0] not in "'\"":
+        return kind
+    text = ast.literal_eval(kind)
+    if text == "\n":
+        return "line end"
+    if text[0] == " " and text[1:].isalpha():  # a word begins
+        return text[1:]
+    if kind[1].isalpha():  # a word goes on
+        return f"…{text}"
+    return text.replace(" ", "␣")
+
+
 def routing_figure(
     shares: np.ndarray,
-    load: np.ndarray,
     kinds: list[str],
     places: list[str],
     title: str,
@@ -124,34 +142,32 @@ def routing_figure(
 ):
     """Which expert does what; experts stand in the order of the kind that they prefer.
 
-    shares (L, R, E): the share of the tokens of each kind that visit each expert. load (L, E),
-    drawn above: the share of all tokens that do.
+    shares (L, R, E): the share of the tokens of each kind that visit each expert. The bars above
+    are the means over these kinds.
     """
     L, R, E = shares.shape  # L routers
-    fig, axes = panels(L, 2.9, [1.1, 0.5 + 0.22 * R])
+    step = 1 if E <= 16 else -(-E // 10)  # of more, ten are named
+    fig, axes = panels(L, 2.9, [1.0, 0.5 + 0.22 * R])
+    means = 100 * shares.mean(1)  # (L, E)
     for router, (top, ax) in enumerate(axes):
-        # Above: all tokens.
+        # Above: all kinds together.
         order = preference(shares[router])
-        top.bar(range(E), 100 * load[router, order], color=BLUE, width=0.8)
-        even = 100 * load[router].mean()
-        top.axhline(even, color=ORANGE, linewidth=1, linestyle="--")
-        top.set(title=places[router], xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 115 * load.max()))
+        top.bar(range(E), means[router, order], color=BLUE, width=0.8)
+        top.axhline(means[router].mean(), color=ORANGE, linewidth=1, linestyle="--")
+        top.set(xticks=[], xlim=(-0.5, E - 0.5), ylim=(0, 1.15 * means.max()))
+        top.set_title(places[router], fontsize=10)
 
-        # Below: the tokens of each kind.
-        image = ax.imshow(
-            100 * shares[router][:, order],
-            cmap="magma_r",
-            vmin=0,
-            vmax=100,
-            aspect="auto",
-        )
-        ax.set(xticks=range(E), yticks=range(R), xlabel="expert (sorted by what it prefers)")
-        ax.set_xticklabels(order, fontsize=6 if E <= 24 else 4)
+        # Below: each kind.
+        look = {"cmap": "magma_r", "vmin": 0, "vmax": 100, "aspect": "auto"}
+        image = ax.imshow(100 * shares[router][:, order], **look)
+        ax.set(xticks=range(0, E, step), yticks=range(R))
+        ax.set_xticklabels(order[::step], fontsize=7)
+        ax.set_xlabel("expert, sorted by what it prefers", fontsize=8)
         if router % 2 == 0:  # on the left
-            top.set_ylabel("all tokens\n(%)", fontsize=8)
-            ax.set_yticklabels(kinds)
+            top.set_ylabel("mean (%)", fontsize=8)
+            ax.set_yticklabels([readable(kind) for kind in kinds])
         else:
             ax.set_yticklabels([])
-    fig.colorbar(image, ax=list(axes[:, 1]), label="tokens that visit it (%)", pad=0.01)
-    fig.suptitle(title + "   (dashed: even load)", color=INK)
+    fig.colorbar(image, ax=list(axes[:, 1]), label="tokens that visit it (%)", pad=0.01, aspect=40)
+    fig.suptitle(f"{title}\nbars: the mean of the rows below; dashed: an even share", fontsize=11)
     return save_figure(fig, path)

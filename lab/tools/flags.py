@@ -69,8 +69,8 @@ def run_parser(command: str, text: str) -> cli.Parser:
     n_runs = "*" if command == "remix" else "?"
     parser.add_argument("run", nargs=n_runs, type=Path, help=what)
     if command not in ("sample", "playground"):
-        options = {"choices": ("dev", "test"), "default": "dev"}
-        parser.add_argument("--split", help="held-out part [dev]", **options)
+        options = {"type": cli.name_reader(("dev", "test")), "default": "dev"}
+        parser.add_argument("--split", metavar="dev|test", help="held-out part [dev]", **options)
     what = "FILE:CLASS, for a run with routers of your own; runs that file"
     parser.add_argument("--router", help=what)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")

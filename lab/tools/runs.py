@@ -252,10 +252,10 @@ def parse_settings(text: str, source) -> dict:
 
 def require_file(path: Path):
     """ValueError unless a file of a run exists."""
-    require(
-        path.is_file(),
-        f"{path.parent} holds no run: there is no {path.name}; train_toy.py makes one",
-    )
+    inside = sorted(other.parent.name for other in path.parent.glob("*/config.json"))
+    hint = f"runs in it: {', '.join(inside[:5])}" if inside else "train_toy.py makes one"
+    missing = f"{path.parent} holds no run: there is no {path.name}"
+    require(path.is_file(), f"{missing}; {hint}")
 
 
 def load_weights(model, weights: dict, source):

@@ -337,7 +337,7 @@ print(f"a full forward takes {ratio:.0f} times as long as the last token through
 # That is an identity, not an approximation, and gradients flow through it. `python -m
 # lab.speed` counts what it saves at OLMoE's shape (100 tokens, the last 5 of 16 layers,
 # three neighbours): all ten steps of NGD together cost a quarter of one ordinary forward of the
-# prompt, once the neighbours' grey parts are there (and these cost three forwards, if none was
+# prompt, once the neighbours' grey parts are there (and these cost nearly three, if none was
 # kept).
 #
 # ## One prompt, before and after

@@ -65,7 +65,8 @@ def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str
     # A neighbour goes forward and back at every step, then forward again.
     exact = (steps + 1) * last * layer + steps * backward
     heads = (2 * steps + 1) * head
-    prefix = sizes.n_layers * T * layer
+    prompt = sizes.n_layers * T * layer
+    prefix = prompt - T * (router + 3 * down)  # the last layer leaves its keys and values only
     full = T * ((steps + 1) * sizes.n_layers * layer + steps * backward)
     costs = {
         "candidate steps": exact,
@@ -73,7 +74,7 @@ def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str
         "neighbours' prefixes, if none is kept": prefix,
         "naive: full forwards": full + heads,
     }
-    base = prefix + head
+    base = prompt + head
     return {name: k * cost / base for name, cost in costs.items()}
 
 

@@ -19,7 +19,7 @@ import torch
 from lab.tools import processes
 from lab.tools.checks import progress, require, torch_defaults
 from lab.tools.files import digest, read_tensors, write_tensors
-from moe import unwrapped
+from moe import named_tensors, unwrapped
 from pathways.checks import require_labels, require_references, require_routers
 from pathways.prompts import best_token, by_length, padded, trimmed
 from pathways.tail import Prefix, Tail, frozen, joined_prefix
@@ -282,9 +282,7 @@ def fingerprint(model) -> str:
         kind = type(module)
         if kind.__module__.partition(".")[0] not in OURS:
             values.append(f"{kind.__qualname__} {source_of(kind)} ")
-    weights = {}
-    for name, weight in (*model.named_parameters(), *model.named_buffers()):
-        weights[name.replace("_orig_mod.", "")] = weight  # of a compiled model
+    weights = named_tensors(model)
 
     # The last fingerprint, with the state that it is of, stands at the model.
     state = values + [state_of(name, weight) for name, weight in weights.items()]

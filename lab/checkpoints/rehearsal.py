@@ -236,6 +236,7 @@ def costs_table(config: RehearsalConfig, sizes: MoEConfig, costs, peers, spare) 
     """The steps with what each took, for one of what it does, and beside transformers."""
     counts = {"forward": 4, "generate": config.tokens, "choice": config.questions}
     counts |= {"references": config.references, "base and NGD": config.questions}
+    # A line for each step.
     lines = []
     for name, cost in costs.items():
         each = cost.processor / counts.get(name, 1)

@@ -80,10 +80,14 @@ def train_command(plan: PresetsConfig) -> int:
             run = {"preset": name, "seed": seed} | settings
             if any(run.items() <= line.items() for line in read_runs(plan.results)):
                 continue
+
+            # Train it, from where it was cut off.
             folder = run_folder(plan.out, run)
             train_in(folder, training_flags(run, text), interrupt)
             if interrupt.asked:
                 return 130
+
+            # Keep what is said of it.
             line = run | measure_preset_run(folder, task)
             append_line(plan.results, line)
             (folder / "state.safetensors").unlink()  # it was for resuming only

@@ -49,6 +49,7 @@ class Walk(NamedTuple):
 
 def walk(data: dict) -> Walk:
     """Re-mix the first prompt of a page of the skills task, and note every step."""
+    # The page's model, and its first prompt.
     model, task = model_of(data), SkillsTask(0)
     references = helpers_of(model, task)
     tokens = torch.from_numpy(unpacked(data["prompts"]["tokens"])[None, :4].astype(np.int64))
@@ -63,6 +64,7 @@ def walk(data: dict) -> Walk:
 
         return ngd(core, noted, near, config)
 
+    # Every step, and the answers along its pathway.
     result = remix(model, tokens, references, RemixConfig(method=noting))
     pathways = torch.cat(steps)  # (S, R, E)
     tail = Tail(model)

@@ -73,6 +73,7 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
     ax.axvline(base, color=INK, linewidth=1, linestyle=":")
     height, ticks = 0, {}
     for group, colour, methods in groups:
+        # The name of a group.
         ax.text(
             0,
             height,
@@ -84,6 +85,8 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
             transform=ax.get_yaxis_transform(),
         )
         height += 1
+
+        # Its methods, the best one first: accuracy, and the interval of the gain around it.
         for name in sorted(methods, key=lambda name: -rows[name]["accuracy"]):
             row, accuracy = rows[name], 100 * rows[name]["accuracy"]
             ends = [base + 100 * row["low"], min(base + 100 * row["high"], 100)]
@@ -94,6 +97,8 @@ def methods_figure(rows: dict[str, dict], title: str, path: Path | None = None):
             ax.annotate(f"{accuracy:.1f}", beside, **place)
             ticks[height] = name
             height += 1
+
+    # Axes and title.
     ax.set_yticks(list(ticks), list(ticks.values()))
     ax.set(ylim=(height - 0.4, -0.7))
     ax.set_xlabel("right answers (%), with the 95 % interval of the gain; right is better")
@@ -114,6 +119,7 @@ def reach_figure(reach: dict, title: str, path: Path | None = None):
         WRONG: ("wrong labels of the same prompts", BLUE, "s"),
     }
     for name, (label, colour, marker) in styles.items():
+        # A point for each bin of the prior, with its interval, and a line through them.
         rows = [row for row in reach[name] if row["targets"] >= FEWEST_TARGETS]
         prior = [row["prior"] for row in rows]
         for row in rows:
@@ -121,6 +127,8 @@ def reach_figure(reach: dict, title: str, path: Path | None = None):
             ax.plot([row["prior"]] * 2, ends, color=colour, linewidth=2, alpha=0.6)
         share = [100 * row["mean"] for row in rows]
         ax.plot(prior, share, color=colour, marker=marker, markersize=5, label=label)
+
+    # Axes and legend.
     ax.set_xscale("log")
     ax.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     ax.minorticks_off()
@@ -160,12 +168,15 @@ def stacked(ax, bars: dict[str, dict], colours: tuple):
     for height, shares in enumerate(bars.values()):
         start = 0.0
         for row, colour in zip(shares.values(), colours, strict=True):
+            # A piece of the bar, with its number if there is room.
             width = 100 * row["mean"]
             ax.barh(height, width, left=start, color=colour, height=0.62)
             if width > 6:
                 ink = "white" if colour in (BLUE, ORANGE) else INK
                 place = (start + width / 2, height)
                 ax.text(*place, f"{width:.0f}", ha="center", va="center", color=ink, fontsize=10)
+
+            # The interval of the orange one stands beside the bar.
             if colour == ORANGE:
                 text = with_interval(row).replace(" (", "\n(").replace("-0.0%", "0.0%")
                 ax.text(102, height, text, va="center", color=ORANGE, fontsize=9)
@@ -203,8 +214,11 @@ def pathway_figure(
     step = -(-E // 8)  # at most eight ticks
     first = visited_experts(next(iter(pathways.values())), top_k or 0)
     for ax, (name, pathway) in zip(axes[0], pathways.items(), strict=True):
+        # The weights as shades.
         look = {"cmap": "Greys", "vmin": 0, "vmax": largest, "aspect": "auto", "origin": "lower"}
         image = ax.imshow(100 * pathway, **look)
+
+        # A frame around each visited expert.
         for r, e in sorted(visited_experts(pathway, top_k or 0)):
             colour = BLUE if changes and (r, e) not in first else ORANGE
             box = {"fill": False, "edgecolor": colour, "linewidth": 1.8}
@@ -235,16 +249,21 @@ def sweeps_figure(sweeps: dict[str, dict], title: str, path: Path | None = None)
     for ax in axes.flat[len(sweeps) :]:
         ax.set_visible(False)
     for ax, (what, rows) in zip(axes.flat, sweeps.items(), strict=False):
+        # The intervals.
         places = list(range(len(rows)))
         for place, row in zip(places, rows.values(), strict=True):
             interval = [100 * row["low"], 100 * row["high"]]
             ax.plot([place, place], interval, color=BLUE, linewidth=2)
+
+        # The gains, those of our setting and of the paper's marked.
         for place, (value, row) in zip(places, rows.items(), strict=True):
             own = row["change"]["low"] == row["change"]["high"] == 0
             ax.plot(place, 100 * row["gain"], "o", color=ORANGE if own else BLUE, markersize=5)
             if value == PAPER_SETTINGS.get(what):
                 ring = {"color": INK, "fillstyle": "none", "markersize": 11}
                 ax.plot(place, 100 * row["gain"], "o", **ring)
+
+        # The values of the setting below them.
         ax.axhline(0, color=INK, linewidth=1, linestyle=":")
         ax.set_xticks(places, list(rows), fontsize=7)
         if max(len(value) for value in rows) > 4:  # long labels

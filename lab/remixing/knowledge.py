@@ -133,6 +133,7 @@ def exchange(arena: Arena, natural, mended, solved: Prompts) -> dict[str, dict]:
     Only of cells whose two readings have different answers. The four dialects of a cell stand
     together, and two of them mean the same.
     """
+    # The cells whose dialects differ in their answers.
     label = solved.labels.view(-1, 4)  # (C, 4)
     differs = label[:, :, None] != label[:, None]  # (C, 4, 4)
     itself = torch.eye(4, dtype=torch.bool)
@@ -144,6 +145,8 @@ def exchange(arena: Arena, natural, mended, solved: Prompts) -> dict[str, dict]:
     same = place.gather(1, (~differs & ~itself).int().argmax(2)).flatten()
     other = place.gather(1, differs.int().argmax(2)).flatten()
     place = place.flatten()
+
+    # The answers along the pathways of each.
     pathways = {
         "natural": natural[place],
         "natural, same reading": natural[same],

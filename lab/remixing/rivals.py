@@ -250,12 +250,15 @@ def tuned_model(arena: Arena, only_routers, lr=1e-3, steps=100, batch=64, pull=0
     tail = Tail(model, token=references.token)
 
     def loss(pick):
+        # How badly these references are answered.
         rows = usable[pick]
         prompts = trimmed(references.tokens, references.lengths, rows)
         pathway, logits = tail.own(tail.cut(*prompts))
         nats = cross_entropy(logits, references.labels[rows]).mean()
         if not pull:
             return nats
+
+        # How far their pathways are from those of their neighbours.
         pathways = references.pathways[near.index[pick]].to(pathway.device)  # (b, k, 1, R, E)
         difference = pathway[:, None] - pathways.flatten(2, 3)  # (b, k, R, E)
         distance = difference.square().sum((2, 3))  # (b, k)

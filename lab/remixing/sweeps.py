@@ -149,6 +149,7 @@ def compared(outcomes, others, clusters) -> dict[str, float]:
 
 def main(argv) -> int:
     """Try the settings of every method, or of those named, on the dev split of some runs."""
+    # The words of the command line are names of methods, or folders.
     tunable = [name for name, method in METHODS.items() if method.tries]
     named = [name for name in tunable if name in argv]
     folders = [Path(name) for name in argv if name not in tunable]
@@ -156,6 +157,7 @@ def main(argv) -> int:
         raise cli.Usage("expected the folders of some runs: [METHOD ...] RUN [RUN ...]")
     arenas = [arena_of(folder, "dev") for folder in folders]
 
+    # Every method with each of its settings: the mean accuracy of all runs.
     base = np.mean([arena.accuracy(own_answers(arena)) for arena in arenas])
     rows = [["base", f"{base:.1%}", "", ""]]
     for name in tqdm(named or tunable, desc="methods", leave=False, disable=None):

@@ -172,6 +172,7 @@ def router_class(name: str) -> type[Router]:
     finally:
         sys.path.remove(os.getcwd())
 
+    # It has to hold a router of that name.
     router = getattr(module, class_name, None)
     hint = did_you_mean(class_name, vars(module))
     require(router is not None, f"--router {name}: {module_name} has no {class_name}{hint}")

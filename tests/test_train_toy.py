@@ -285,28 +285,6 @@ def test_compiled_in_one_piece(dtype, monkeypatch):
         forward(tokens + 99, targets)
 
 
-# Trains; the second of two processes ends at once where a file says so, at the fourth step.
-PROGRAM = """
-import os
-from pathlib import Path
-
-import train_toy
-from lab.tools import cli
-
-update = train_toy.update
-
-
-def mortal(*args):
-    if args[-1] == 3 and os.environ.get("RANK") == "1" and Path("end").exists():
-        os._exit(1)
-    return update(*args)
-
-
-train_toy.update = mortal
-cli.program(train_toy.main)
-"""
-
-
 @pytest.mark.full
 def test_two_processes(run_program, tmp_path, monkeypatch):
     """Two processes with a half of every batch: one run, the losses of a single process.
@@ -314,8 +292,7 @@ def test_two_processes(run_program, tmp_path, monkeypatch):
     Where one ends the other one does, too, and says so; a single process goes on with their run.
     """
     monkeypatch.chdir(tmp_path)
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program = Path(__file__).with_name("train_that_ends.py")
     sizes = "--d-model 16 --n-layers 2 --n-heads 2 --n-experts 4 --top-k 2 --d-expert 8"
     settings = f"{sizes} --no-taste --steps 6 --batch 7 --eval-every 2 --balance 1 --z 0.1"
 

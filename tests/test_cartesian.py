@@ -25,7 +25,7 @@ from cartesian import PAPER, TOY, count_parameters
 from lab.composing.layers import ComposedConfig, ComposedTransformer
 from lab.composing.presets import PRESETS, build_model, count_both, preset
 from lab.tools import runs
-from moe import Cache, Imposed, MoEConfig, Router
+from moe import Cache, MoEConfig
 
 N = 4  # experts of full size in a small model
 TOY_SIZES = MoEConfig(**TOY)
@@ -112,27 +112,6 @@ def test_padding_and_cache(name):
     for row, n in enumerate(lengths):
         alone = torch.cat([tokens[row, :n], new[row]])[None]
         close(model(alone).logits[0, n:], logits[row])
-
-
-@pytest.mark.parametrize("name", ["cartesian", *full(*ROUTED)])
-def test_remixing_one_token(name):
-    """A pathway is imposed on both routers of a block, by computing the last token only."""
-    model = small_preset(name)
-    tokens = torch.randint(V, (3, 8))
-    n_experts = model.config.n_experts
-    first = [router.index for router in model.blocks[0].modules() if isinstance(router, Router)]
-    above = range(len(first), len(model.routers()))
-    rows = {i: random(3, n_experts).softmax(-1).requires_grad_() for i in above}
-    expected = model(tokens, imposed=Imposed(rows)).logits[:, -1]
-
-    cache = Cache()
-    model.run_blocks(model.embed(tokens[:, :-1]), cache=cache)
-    x = model.run_blocks(model.embed(tokens[:, -1:]), cache=cache, last=1, write=False)
-    imposed = Imposed(rows, torch.ones(3, 1, dtype=torch.bool))
-    x = model.run_blocks(x, cache=cache, first=1, imposed=imposed, write=False)
-    close(model.head(x)[:, 0], expected)
-    for grad in torch.autograd.grad(expected.square().sum(), list(rows.values())):
-        assert grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("name", ["cartesian", *full("dense_two", *ROUTED[1:])])

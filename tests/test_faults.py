@@ -268,7 +268,7 @@ def interrupted(rng, name: str, begin):
 
 def damaged(rng, name: str, begin):
     """A file is damaged, and the work done again: it is mended, or told in one line."""
-    for _ in range(2):
+    for _ in range(5):
         expected = begin(name, done=True)
         how = damage(rng, JOBS[name])
         assert clear(*child(JOBS[name].work)) > 0 or JOBS[name].result() == expected, how

@@ -16,7 +16,7 @@ python eval.py COMMAND --help lists the flags of a command.
 from lab.tools import cli, flags
 
 if __name__ == "__main__":
-    cli.read_first(flags.evaluation, __doc__)  # before torch is imported, which takes seconds
+    cli.read_first(flags.eval_flags, __doc__)  # before torch is imported, which takes seconds
 
 import codecs
 from pathlib import Path
@@ -53,7 +53,7 @@ from moe import MoETransformer, require
 @undisturbed()
 def main(argv=None) -> int:
     """Run a command -> the exit code."""
-    command, values = flags.evaluation(argv, __doc__)
+    command, values = flags.eval_flags(argv, __doc__)
     return COMMANDS[command](values)
 
 

@@ -194,7 +194,7 @@ def test_formula_is_what_the_profiler_counts():
     """The formula against torch's own count of a real run; both forms find the same losses."""
     sizes = MoEConfig(97, 32, 32, 3, 2, n_experts=8, top_k=2, d_expert=32)
     T, n = 24, 2
-    _, operations, apart = cost.measured(sizes, T, "last:2", 2 * n, n, torch.float64, rounds=1)
+    _, operations, apart = cost.measure_ngd(sizes, T, "last:2", 2 * n, n, torch.float64, rounds=1)
     assert apart < 1e-12
 
     model = MoETransformer(sizes).double().eval()

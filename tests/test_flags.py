@@ -32,7 +32,7 @@ def programs() -> list[str]:
 
 def commands() -> list[str]:
     """Every program, and every command of eval.py."""
-    return [*programs(), *(f"eval.py {name}" for name in flags.COMMANDS)]
+    return [*programs(), *(f"eval.py {name}" for name in flags.EVAL_COMMANDS)]
 
 
 @pytest.fixture
@@ -88,11 +88,11 @@ def test_wrong_values_do_not_wait_either(command, said, run_without):
 
 def test_names_are_those_that_exist():
     """configs.py names what other files define."""
-    assert {*flags.COMMANDS} == {*eval.COMMANDS}
-    assert tuple(TASKS) == configs.TASKS
-    assert tuple(PRESETS) == configs.PRESETS
-    assert tuple(SURROGATES) == configs.SURROGATES
-    assert tuple(BENCHMARKS) == configs.BENCHMARKS
+    assert {*flags.EVAL_COMMANDS} == {*eval.COMMANDS}
+    assert tuple(TASKS) == configs.TASK_NAMES
+    assert tuple(PRESETS) == configs.PRESET_NAMES
+    assert tuple(SURROGATES) == configs.SURROGATE_NAMES
+    assert tuple(BENCHMARKS) == configs.BENCHMARK_NAMES
 
 
 @pytest.mark.parametrize("name", ["mode_finding", "Mode-Finding", "mode finding", "MODEFINDING"])

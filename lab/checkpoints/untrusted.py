@@ -239,7 +239,7 @@ def copy_tensor(name: str, weight, entry):
 
     ValueError where it holds no numbers, or larger ones than the weight can hold.
     """
-    for rows in portions(entry):
+    for rows in slices_of(entry):
         weight[rows].copy_(entry[rows])
         dtype = str(weight.dtype).removeprefix("torch.")
         require_finite(name, weight[rows], f"the file holds none, or larger than {dtype} holds")
@@ -249,10 +249,12 @@ def same_tensors(first, second) -> bool:
     """Whether two tensors of files hold the same numbers."""
     if first.get_shape() != second.get_shape():
         return False
-    return all(torch.equal(first[rows].double(), second[rows].double()) for rows in portions(first))
+    return all(
+        torch.equal(first[rows].double(), second[rows].double()) for rows in slices_of(first)
+    )
 
 
-def portions(entry) -> Iterator[slice]:
+def slices_of(entry) -> Iterator[slice]:
     """The rows of a tensor of a file, in slices of about a million numbers."""
     n_rows, *width = entry.get_shape()
     step = 2**20 // max(1, math.prod(width)) + 1

@@ -24,7 +24,14 @@ import torch.nn.functional as F
 
 from data import load_task, passes
 from lab.composing.compare import append_line, sizes_and_scores, train_in
-from lab.composing.composition_rows import LIKE, TUNED, Row, draw_figure, planned_rows, table
+from lab.composing.composition_rows import (
+    LIKE,
+    TUNED,
+    Row,
+    composition_table,
+    draw_figure,
+    planned_rows,
+)
 from lab.composing.robustness import visited
 from lab.composing.sharing import mutual_information
 from lab.scores.evaluation import router_names
@@ -44,10 +51,10 @@ def main(argv=None) -> int:
             raise cli.Usage(f"no group is called {group!r}{hint}")
     torch.set_num_threads(1)
     if command == "train":
-        return train(groups, files)
+        return train_groups(groups, files)
     lines = read_lines(files.results)
     require(len(lines) > 0, f"{files.results} holds no runs yet: start with `train`")
-    print(table(lines))
+    print(composition_table(lines))
     if any(line["group"] == "test" for line in lines):  # the tries alone make no figure
         path = Path(files.results).with_suffix(".png")
         draw_figure(lines, path)
@@ -58,7 +65,7 @@ def main(argv=None) -> int:
 # ---- train
 
 
-def train(groups: list[str], files: CompositionConfig) -> int:
+def train_groups(groups: list[str], files: CompositionConfig) -> int:
     """Train the runs of the groups that the results file lacks, seed by seed."""
     todo = []
     for group in groups:

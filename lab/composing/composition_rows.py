@@ -120,7 +120,7 @@ def unseen(lines: list[dict], row: Row) -> dict[int, float]:
     return {line["seed"]: line["test"]["accuracy"] for line in lines_of(lines, row)}
 
 
-def table(lines: list[dict]) -> str:
+def composition_table(lines: list[dict]) -> str:
     """Every group of the results file as a table, and what the declared tests say."""
     blocks = []
     header = ["seeds", "parameters", "activated", "trained", "single", "unseen pairs"]

@@ -27,7 +27,7 @@ UNITS = {1: "points, higher", -1: "points, lower", 0: "points, no difference"}
 PERPLEXITY = "% of perplexity, lower"
 
 
-class Row(NamedTuple):
+class Claim(NamedTuple):
     """A claim and what came out here."""
 
     claim: str
@@ -50,7 +50,7 @@ CLAIMS_HEAD = (
 )
 
 
-def claims_markdown(rows: list[Row]) -> str:
+def claims_markdown(rows: list[Claim]) -> str:
     """Rows as a table."""
     lines = [CLAIMS_HEAD, ["---"] * len(CLAIMS_HEAD), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -100,7 +100,7 @@ REMIXING = [("NGD", rival) for rival in METHOD_WORDS]
 REMIXING += [(method, "base") for method in ("kernel regression", "mode finding", "oracle")]
 
 
-def remixing_rows(name: str = "remix-skills-test") -> list[Row]:
+def remixing_rows(name: str = "remix-skills-test") -> list[Claim]:
     """C3PO's claims (arXiv 2504.07964) on the skills task: a method minus its rival."""
     result, tests = stored_result(name), remixing_tests(name)
     table = []
@@ -112,15 +112,15 @@ def remixing_rows(name: str = "remix-skills-test") -> list[Row]:
             p, says = tests[rival].p, tests[rival].verdict
         published = "-"
         if {method, rival} <= PUBLISHED.keys():
-            published = difference(PUBLISHED[method], PUBLISHED[rival])
+            published = published_points(PUBLISHED[method], PUBLISHED[rival])
         claim = f"{method} against {METHOD_WORDS[rival]}"
         here = in_points(mean, mean - half, mean + half)
         seeds = str(len(result["seeds"]))
-        table.append(Row(claim, published, here, UNITS[1], p_value(p), seeds, says))
+        table.append(Claim(claim, published, here, UNITS[1], p_value(p), seeds, says))
     return table
 
 
-def difference(ours: float, theirs: float) -> str:
+def published_points(ours: float, theirs: float) -> str:
     """A published difference, and what it is one of."""
     return f"{ours - theirs:+.1f} ({ours} against {theirs})"
 
@@ -130,7 +130,7 @@ def in_points(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-SETTINGS = (  # what is varied, another value, NGD's here, and the two accuracies in the paper
+VARIED_SETTINGS = (  # what is varied, another value, NGD's here, two accuracies in the paper
     ("critical layers", "last:2", "all", 79.2, 77.7),  # there the last 5 of 16
     ("critical layers", "last:1", "all", 79.2, 77.7),
     ("core experts", "6", "16", 79.2, 79.2),  # there 20 of 64
@@ -145,10 +145,10 @@ SETTINGS = (  # what is varied, another value, NGD's here, and the two accuracie
 )
 
 
-def setting_rows() -> list[Row]:
+def setting_rows() -> list[Claim]:
     """What C3PO says of its settings, on dev: NGD with another setting minus NGD."""
     sweeps, table = stored_result("remix-skills-dev-ablation"), []
-    for setting, value, own, theirs, best in SETTINGS:
+    for setting, value, own, theirs, best in VARIED_SETTINGS:
         change = sweeps[setting][value]["change"]
         mean, low, high = (change[key] for key in ("gain", "low", "high"))
         asked = int(np.sign(theirs - best))
@@ -156,9 +156,9 @@ def setting_rows() -> list[Row]:
         if setting == "kernel" and abs(mean) < 0.005:
             says = NOTHING
         claim = f"{setting}: {value} against {own}"
-        published = difference(theirs, best)
+        published = published_points(theirs, best)
         table.append(
-            Row(claim, published, in_points(mean, low, high), UNITS[asked], "-", "3", says)
+            Claim(claim, published, in_points(mean, low, high), UNITS[asked], "-", "3", says)
         )
     return table
 
@@ -188,7 +188,7 @@ ROBUST = (  # the claim, the protocol of robustness, the two perplexities in the
 )
 
 
-def cartesian_rows() -> list[Row]:
+def cartesian_rows() -> list[Claim]:
     """CartesianMoE's claims (arXiv 2410.16077) on TinyStories: perplexity, ours against theirs.
 
     Published: Pile, 100B tokens, base and large.
@@ -196,35 +196,35 @@ def cartesian_rows() -> list[Row]:
     kinds, table = group_runs(stored_runs("compare"), 2500), []
     for name, claim in CARTESIAN_TESTS.items():
         test = cartesian_test(name)
-        published = percent(7.19, 7.33) if name == "compare" else "-"
+        published = published_percent(7.19, 7.33) if name == "compare" else "-"
         seeds = f"{len(test.seeds)} pairs"
         here, p = test.effect.replace(" %", ""), p_value(test.p)
-        table.append(Row(claim, published, here, PERPLEXITY, p, seeds, test.verdict))
+        table.append(Claim(claim, published, here, PERPLEXITY, p, seeds, test.verdict))
     for claim, ours, theirs, low, high in LOWER:
         effect = unpaired_effect(preset_losses(kinds, ours), preset_losses(kinds, theirs))
-        table.append(effect_row(claim, percent(low, high), effect))
+        table.append(effect_row(claim, published_percent(low, high), effect))
     for claim, protocol, low, high in ROBUST:
         # Where routing goes wrong, runs of one seed are alike, and so make pairs.
         losses = [preset_losses(kinds, preset, protocol) for preset in ("cartesian", BASE)]
-        table.append(effect_row(claim, percent(low, high), paired_effect(*losses)))
+        table.append(effect_row(claim, published_percent(low, high), paired_effect(*losses)))
     return table
 
 
-def percent(ours: float | None, theirs: float | None) -> str:
+def published_percent(ours: float | None, theirs: float | None) -> str:
     """A published difference of perplexities, in percent."""
     if ours is None:
         return "-"
     return f"{100 * (ours / theirs - 1):+.1f} ({ours} against {theirs})"
 
 
-def effect_row(claim: str, published: str, effect) -> Row:
+def effect_row(claim: str, published: str, effect) -> Claim:
     """An effect that was not declared."""
     if effect is None:
-        return Row(claim, published, "not run", PERPLEXITY, "-", "-", "not run")
+        return Claim(claim, published, "not run", PERPLEXITY, "-", "-", "not run")
     here = describe_effect(effect).partition(": ")[0].replace(" %", "")
     says = verdict_of(effect.low, effect.high, -1)
     seeds = effect.runs.removesuffix(" runs")
-    return Row(claim, published, here, PERPLEXITY, p_value(effect.p), seeds, says)
+    return Claim(claim, published, here, PERPLEXITY, p_value(effect.p), seeds, says)
 
 
 def preset_losses(kinds: dict, preset: str, protocol: str | None = None) -> dict[int, float]:

@@ -29,7 +29,7 @@ from remix import RemixConfig, remix
 FOLDER = Path(__file__).parent
 SOURCES = ("style.css", "model.js", "remix.js", "words.js", "app.js", "draw.js")
 DATA = re.compile(r'(?<=<script type="application/json" id="data">).*?(?=</script>)', re.S)
-SETTINGS = ("k", "embedding", "steps", "lr", "alpha")
+PAGE_SETTINGS = ("k", "embedding", "steps", "lr", "alpha")
 MOST_WEIGHTS = 30_000_000  # a page of 80 MB
 MOST_STORIES = 40  # to choose from
 
@@ -76,7 +76,7 @@ def page_data(model, task, name: str) -> dict:
         "places": router_names(model),
         "shapes": {name: list(weight.shape) for name, weight in weights.items()},
         "weights": packed(halves.view(torch.int16)),
-        "settings": {key: getattr(settings, key) for key in SETTINGS},
+        "settings": {key: getattr(settings, key) for key in PAGE_SETTINGS},
         "references": reference_data(references, settings.k),
         "prompts": packed_prompts(asked.tokens, asked.lengths),
         "labels": asked.labels.tolist(),

@@ -16,7 +16,7 @@ from pathways import Neighbours, ReferenceSet, Tail, critical_layers, frozen
 from remix import NeighbourLoss, RemixConfig, core_experts, ngd
 
 OLMOE = MoEConfig(50_304, 4096, 2048, 16, 16, n_experts=64, top_k=8, d_expert=1024)
-SMALL = MoEConfig(3_144, 128, 128, 16, 16, n_experts=64, top_k=8, d_expert=64)  # its shape
+OLMOE_SHAPE = MoEConfig(3_144, 128, 128, 16, 16, n_experts=64, top_k=8, d_expert=64)  # its shape
 SKILLS_SIZES = MoEConfig(vocab_size=47, context=64)
 K = 3  # neighbours of a prompt
 
@@ -81,7 +81,7 @@ def formula(sizes: MoEConfig, T: int, last: int, k: int, steps: int) -> dict[str
 # ---- measured
 
 
-def measured(
+def measure_ngd(
     sizes: MoEConfig, T: int, layers: str, n: int, few: int, dtype=torch.float32, rounds=3
 ):
     """NGD on n prompts of T random tokens: the exact steps, the prefixes that they need, and the

@@ -27,14 +27,14 @@ from lab.tools.files import as_json, write
 def main(argv) -> int:
     """Measure, write and print -> the exit code."""
     values = flags.speed(argv, __doc__)
-    result = measured(values["rounds"])
+    result = measure_all(values["rounds"])
     write(Path(values["out"]), as_json(result, indent=1).encode())
     print(speed_report(result))
     print(f"\nwrote {values['out']}")
     return 0
 
 
-def measured(rounds: int) -> dict:
+def measure_all(rounds: int) -> dict:
     """All measurements, as they are stored."""
     olmoe()  # better missed now than later
     import transformers

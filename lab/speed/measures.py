@@ -29,9 +29,9 @@ from remix import remix
 WIDTHS, NUMBERS, TOP = (128, 256, 512), (8, 16, 64), (1, 2, 8)  # D, E and K of the grid
 N = 512  # tokens that a layer is given
 BATCH = 16  # sequences in a training step
-NGD = {  # name -> the arguments of cost.measured
+NGD = {  # name -> the arguments of cost.measure_ngd
     "toy, 64 tokens, last 2 of 4 layers": (cost.SKILLS_SIZES, 64, "last:2", 64, 16),
-    "OLMoE's shape, 100 tokens, last 5 of 16": (cost.SMALL, 100, "last:5", 128, 8),
+    "OLMoE's shape, 100 tokens, last 5 of 16": (cost.OLMOE_SHAPE, 100, "last:5", 128, 8),
 }
 
 
@@ -118,8 +118,12 @@ def training_row(machine: Machine, rounds: int) -> dict:
     named = models(SMALL)
     compiled = MoETransformer(SMALL)
     compiled.load_state_dict(named["ours"].state_dict())
-    calls = {name: partial(train, model, model, adam(model)) for name, model in named.items()}
-    calls["ours, compiled"] = partial(train, compiled, torch.compile(compiled), adam(compiled))
+    calls = {
+        name: partial(training_step, model, model, adam(model)) for name, model in named.items()
+    }
+    calls["ours, compiled"] = partial(
+        training_step, compiled, torch.compile(compiled), adam(compiled)
+    )
     first = [call() for call in calls.values()]
     require(max(first) - min(first) < 1e-4, f"the models differ in their first loss: {first}")
 
@@ -138,7 +142,7 @@ def active_weights(sizes: MoEConfig) -> int:
     return model.n_params(activated=True) - model.embedding.weight.numel()
 
 
-def train(model, forward, optimizer) -> float:
+def training_step(model, forward, optimizer) -> float:
     """A training step -> the cross-entropy."""
     torch.manual_seed(0)
     tokens, targets = torch.randint(SMALL.vocab_size, (2, BATCH, T))
@@ -200,7 +204,7 @@ def where_time_goes(call, n: int) -> dict[str, float]:
 def profiles() -> dict:
     """Where the time of a training step goes, and that of a new token, for one prompt."""
     model = MoETransformer(SMALL)
-    step = partial(train, model, model, adam(model))
+    step = partial(training_step, model, model, adam(model))
     step()
     prompt = torch.randint(SMALL.vocab_size, (1, 16))
     token = where_time_goes(partial(model.generate, prompt, 64), 1)
@@ -252,7 +256,7 @@ def ngd_rows(machine: Machine, rounds: int) -> list[dict]:
     """NGD for a prompt, exact against full forwards; see lab/remixing/cost.py."""
     rows = []
     for name, arguments in NGD.items():
-        seconds, operations, apart = cost.measured(*arguments, rounds=rounds)
+        seconds, operations, apart = cost.measure_ngd(*arguments, rounds=rounds)
         prefixes = seconds["exact"] + seconds["prefixes"]
         times = {
             "ours": [seconds["exact"]],
@@ -315,11 +319,11 @@ def growth(machine: Machine, rounds: int) -> dict:
     counts = [8, 16, 32, 64, 120]
     curve("generation: new tokens", counts, [partial(model.generate, prompt, n) for n in counts])
     counts = [256, 512, 1024, 2048, 4096]
-    curve("NGD, 16 prompts: references", counts, [remixing(n) for n in counts])
+    curve("NGD, 16 prompts: references", counts, [remixing_call(n) for n in counts])
     return curves
 
 
-def remixing(n_references: int):
+def remixing_call(n_references: int):
     """A function that re-mixes 16 random prompts, among so many references."""
     torch.manual_seed(0)
     model = MoETransformer(cost.SKILLS_SIZES).eval()

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 # The names of what is defined elsewhere.
-TASKS = ("skills", "composition", "tinystories", "text")  # data.py
-PRESETS = (  # lab/composing/presets.py
+TASK_NAMES = ("skills", "composition", "tinystories", "text")  # data.py
+PRESET_NAMES = (  # lab/composing/presets.py
     *("dense", "dense_two", "dense_paper", "smoe_share", "smoe_top3", "hash", "top_p"),
     *("fine_grained", "fine_grained_no_shared", "cartesian", "cartesian_no_shared"),
     *("cartesian_parallel", "cartesian_chain", "cartesian_pairs", "cartesian_k1", "cartesian_k4"),
 )
-SURROGATES = ("ngd", "kernel_regression", "mode_finding")  # remix.py
+SURROGATE_NAMES = ("ngd", "kernel_regression", "mode_finding")  # remix.py
 KERNELS = ("gaussian", "matern", "polynomial", "linear")  # pathways/neighbours.py
 TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")  # pathways/similarity.py
 EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")
-BENCHMARKS = (  # lab/checkpoints/benchmarks.py
+BENCHMARK_NAMES = (  # lab/checkpoints/benchmarks.py
     *("arc_challenge", "arc_easy", "openbookqa", "sciq", "mmlu", "hellaswag", "piqa"),
     "winogrande",
 )
@@ -78,7 +78,7 @@ class MoEConfig:
 class TrainConfig:
     """What a run learns, and how."""
 
-    data: Annotated[Literal[TASKS], "the task, TinyStories (1.9 GB), your text"] = "skills"
+    data: Annotated[Literal[TASK_NAMES], "the task, TinyStories (1.9 GB), your text"] = "skills"
     data_file: Annotated[str | None, "a UTF-8 text, <|endoftext|> behind each document"] = None
     valid_file: Annotated[str | None, "held-out text (none: the last tenth of data_file)"] = None
     tokenizer: Annotated[str, "of a text: tinystories, bytes, or one of tiktoken"] = "tinystories"
@@ -86,7 +86,7 @@ class TrainConfig:
     n_in_a_row: Annotated[int, "compositions: functions in a row"] = 2
     trained: Annotated[float, "compositions: share of the pairs that is trained"] = 0.7
     model: Annotated[Literal["moe", "dense"], "dense: as wide as what a token visits"] = "moe"
-    preset: Annotated[Literal[PRESETS] | None, "another kind of model, as large"] = None
+    preset: Annotated[Literal[PRESET_NAMES] | None, "another kind of model, as large"] = None
     router: Annotated[str | None, "FILE:CLASS, routers of your own; runs that file"] = None
     steps: Annotated[int, "optimiser steps"] = 500
     batch: Annotated[int, "sequences in a step"] = 64
@@ -162,7 +162,7 @@ class ChoiceConfig:
     """A benchmark, and how it is scored."""
 
     model: Annotated[str | None, "a folder, or owner/name or owner/name@revision on the hub"] = None
-    task: Annotated[Literal[BENCHMARKS], "the benchmark"] = "arc_challenge"
+    task: Annotated[Literal[BENCHMARK_NAMES], "the benchmark"] = "arc_challenge"
     data_file: Annotated[str | None, "its rows, .jsonl or .parquet (none: download)"] = None
     form: Annotated[Literal["letters", "full"], "what of a choice is scored"] = "letters"
     shots: Annotated[int, "solved examples in front of every question"] = 0
@@ -194,11 +194,11 @@ class ChoiceConfig:
         )
         self.methods()
         for name, _ in self.reference_sources():
-            one_of("benchmark", name, BENCHMARKS)
+            one_of("benchmark", name, BENCHMARK_NAMES)
 
     def methods(self) -> list[str]:
         """The methods that are named."""
-        known = (*SURROGATES, "oracle")
+        known = (*SURROGATE_NAMES, "oracle")
         return [one_of("method", name, known) for name in self.method.split(",")]
 
     def reference_sources(self) -> list[tuple[str, str | None]]:
@@ -242,7 +242,10 @@ class PresetsConfig:
             self.seed_list += range(int(ends[0]), int(ends[-1]) + 1)
         self.preset_list = self.presets.split(",")
         for name in self.preset_list:
-            require(name in PRESETS, f"no preset is called {name!r}{did_you_mean(name, PRESETS)}")
+            require(
+                name in PRESET_NAMES,
+                f"no preset is called {name!r}{did_you_mean(name, PRESET_NAMES)}",
+            )
 
 
 @dataclass
@@ -335,7 +338,7 @@ def require_sizes(config):
 def require_remixing(config):
     """The values of a RemixConfig."""
     if not callable(config.method):
-        config.method = one_of("method", config.method, SURROGATES)
+        config.method = one_of("method", config.method, SURROGATE_NAMES)
     config.kernel = one_of("kernel", config.kernel, KERNELS)
     config.loss = one_of("loss", config.loss, ("vocabulary", "options"))
     kind, colon, layer = str(config.embedding).partition(":")

@@ -22,8 +22,13 @@ from lab.tools.configs import (
     TrainConfig,
 )
 
-LIMITS = {"threads": (1, 1024), "tokens": (1, 2**31), "temperature": (0, 1e6), "seed": (0, 2**62)}
-LIMITS |= {"most": (1, 2**62)}
+FLAG_LIMITS = {
+    "threads": (1, 1024),
+    "tokens": (1, 2**31),
+    "temperature": (0, 1e6),
+    "seed": (0, 2**62),
+}
+FLAG_LIMITS |= {"most": (1, 2**62)}
 
 
 def training(argv, text: str) -> dict:
@@ -36,24 +41,24 @@ def training(argv, text: str) -> dict:
 # --------------------------------------------------------------------------------------- eval.py
 
 
-def evaluation(argv, text: str) -> tuple[str, dict]:
+def eval_flags(argv, text: str) -> tuple[str, dict]:
     """eval.py: the name of the command, and its flags."""
     command, *rest = argv or [""]
     if command in ("-h", "--help"):
         print(text)
         raise SystemExit(0)
-    if command not in COMMANDS:
+    if command not in EVAL_COMMANDS:
         found = f"no command is called {command!r}" if command else "expected a command"
-        names = ", ".join(COMMANDS)
-        hint = cli.did_you_mean(command, COMMANDS)
+        names = ", ".join(EVAL_COMMANDS)
+        hint = cli.did_you_mean(command, EVAL_COMMANDS)
         raise cli.Usage(f"{found}{hint} (there are: {names}; --help tells what each does)")
-    about, add = COMMANDS[command]
+    about, add = EVAL_COMMANDS[command]
     if command == "choice":
         return command, choice(rest, about)
     parser = run_parser(command, about)
     add(parser)
     values = parser.parse(rest)
-    for name, (low, high) in LIMITS.items():
+    for name, (low, high) in FLAG_LIMITS.items():
         value = values.get(name)
         if value is not None and not low <= value <= high:
             raise cli.Usage(f"--{name} is {value}; expected a number from {low} to {high}")
@@ -130,7 +135,7 @@ def choice(argv, text: str) -> dict:
     return values
 
 
-COMMANDS = {  # name -> what --help begins with, what adds its own flags
+EVAL_COMMANDS = {  # name -> what --help begins with, what adds its own flags
     "perplexity": (
         "How well a model predicts a held-out split, all of it: nats, perplexity, bits per byte.",
         add_nothing,

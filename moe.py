@@ -10,8 +10,7 @@ layer has many small networks, the *experts*, and a *router* that scores them fo
 So a model can hold many parameters, of which one token uses few. Three classes say this in code:
 `Router` chooses, `Experts` computes, `MoE` puts them together.
 
-Three files stand apart, and this one needs no others: the sizes (`MoEConfig`) are defined in
-lab/tools/configs.py, input is checked in lab/tools/checks.py, and torch.compile asks for a few
+Two files stand apart: input is checked in lab/tools/checks.py, and torch.compile asks for a few
 lines, lab/tools/compiled.py.
 
 By default the model computes exactly what OLMoE (arXiv 2409.02060) computes: RMSNorm before each
@@ -26,7 +25,7 @@ Letters in the shape comments:
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -46,7 +45,51 @@ from lab.tools.checks import (
     require_stream,
     require_tokens,
 )
-from lab.tools.configs import MoEConfig
+from lab.tools.configs import require_sizes
+
+# ------------------------------------------------------------------------------------------ config
+
+
+@dataclass
+class MoEConfig:
+    """The sizes of a model; the texts are the command line's help.
+
+    Raises ValueError where the sizes do not fit together.
+    """
+
+    vocab_size: Annotated[int, "tokens in the vocabulary"] = 48
+    context: Annotated[int, "longest sequence, in tokens"] = 64
+    d_model: Annotated[int, "width of the residual stream"] = 64
+    n_layers: Annotated[int, "number of blocks"] = 4
+    n_heads: Annotated[int, "attention heads"] = 4
+    n_kv_heads: Annotated[int | None, "key-value heads, shared among heads (none: n_heads)"] = None
+    head_dim: Annotated[int | None, "width of a head (none: d_model / n_heads)"] = None
+    n_experts: Annotated[int, "experts in each MoE layer"] = 16
+    top_k: Annotated[int, "experts that each token visits"] = 4
+    d_expert: Annotated[int, "hidden width of an expert"] = 64
+    norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
+    d_shared: Annotated[int, "hidden width of an expert that every token visits (0: none)"] = 0
+    dense_layers: Annotated[tuple[int, ...], "layers that are dense, not MoE, such as 0,2"] = ()
+    d_dense: Annotated[int | None, "width of dense layers (none: what a token visits)"] = None
+    qk_norm: Annotated[Literal["full", "head", "none"], "RMSNorm of queries and keys"] = "full"
+    clip_qkv: Annotated[float | None, "clamp queries, keys, values to plus or minus this"] = None
+    rope_theta: Annotated[float, "base of the rotary frequencies"] = 10_000.0
+    norm_eps: Annotated[float, "epsilon in RMSNorm"] = 1e-5
+    dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
+    tied: Annotated[bool, "the output layer is the transposed embedding"] = False
+
+    def __post_init__(self):
+        require_sizes(self)
+        self.dense_layers = tuple(self.dense_layers)
+        if self.head_dim is None:
+            self.head_dim = self.d_model // self.n_heads
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.d_dense is None:
+            # As many weights as a token visits elsewhere: three matrices of width E / 3 weigh as
+            # much as a router.
+            router = round(self.n_experts / 3)
+            self.d_dense = self.top_k * self.d_expert + self.d_shared + router
 
 
 def wide(x):

@@ -9,8 +9,7 @@ and the prompt's own answer is never looked at.
     result = remix(model, prompts, references)      # result.logits, .pathway, .neighbours
     print(result.explain(0))                        # what became of the first prompt, in words
 
-This file is the algorithm, from top to bottom; its settings, `RemixConfig`, are in
-lab/tools/configs.py:
+This file is the algorithm, from top to bottom:
 
     1. what may change      core_experts: which entries of a pathway
     2. what is minimised    NeighbourLoss: how badly a prompt's neighbours are answered along w
@@ -27,14 +26,15 @@ Letters in the shape comments, beside those of moe.py:
 """
 
 import math
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from lab.tools.checks import progress, require, torch_defaults
-from lab.tools.configs import RemixConfig
+from lab.tools.configs import KERNELS, require_remixing
 from moe import unwrapped
 from pathways.checks import (
     as_tuples,
@@ -47,6 +47,28 @@ from pathways.neighbours import TINY, Neighbours, find_neighbours, kernel
 from pathways.prompts import cross_entropy, padded, trimmed
 from pathways.references import ReferenceSet
 from pathways.tail import Prefix, Tail, critical_layers, frozen
+
+
+@dataclass
+class RemixConfig:
+    """How to re-mix. The paper's settings for OLMoE are layers last:5, core 20, k 3."""
+
+    method: Annotated[str | Callable, "ngd, kernel_regression, mode_finding, a function"] = "ngd"
+    k: Annotated[int, "neighbours of each prompt"] = 3
+    kernel: Annotated[Literal[KERNELS], "how much each of them counts"] = "gaussian"
+    embedding: Annotated[str, "what makes prompts alike"] = "tfidf-places"
+    layers: Annotated[str, "critical layers: all, last:2, first:1, middle:2, or 0,3"] = "all"
+    core: Annotated[int | None, "experts of a row that may change (none: all)"] = None
+    steps: Annotated[int, "steps of ngd and of mode_finding"] = 10
+    lr: Annotated[float, "ngd: the first step; a cosine takes it down to a thousandth"] = 0.5
+    alpha: Annotated[float, "mode_finding: what is kept of the pathway in a step"] = 0.5
+    loss: Annotated[Literal["vocabulary", "options"], "cross-entropy over these"] = "vocabulary"
+    batch: Annotated[int, "prompts at a time"] = 64
+    max_memory: Annotated[float, "MB for the references' prefixes that are kept"] = 512.0
+
+    def __post_init__(self):
+        require_remixing(self)
+
 
 # ------------------------------------------------------------------------------ 1. what may change
 

@@ -31,7 +31,7 @@ from lab.scores.evaluation import final_scores, router_names
 from lab.scores.specialisation import specialisation
 from lab.tools import figures, processes, report, runs
 from lab.tools.checks import require_inputs, require_tokens, undisturbed
-from lab.tools.configs import MoEConfig, TrainConfig
+from lab.tools.configs import TrainConfig
 from lab.tools.files import as_json, owned_folder, write
 from lab.tools.memory import require_memory
 from lab.tools.settings import (
@@ -42,7 +42,7 @@ from lab.tools.settings import (
     resumed_settings,
 )
 from lab.tools.statistics import scipy_stats
-from moe import IGNORE, Router, expert_load, require, router_losses
+from moe import IGNORE, MoEConfig, Router, expert_load, require, router_losses
 
 # ------------------------------------------------------------------------------------------- runs
 

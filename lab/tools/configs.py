@@ -1,15 +1,17 @@
-"""Every setting: its default, what it means, and what it must be.
+"""Settings of the programs: their defaults, what they mean, and what they must be.
 
 The fields of these classes are the flags of the commands, and their texts the help. Nothing here
 imports torch, so that --help and a wrong flag are answered at once.
 """
 
+import ast
 import difflib
 import math
 import numbers
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 # The names of what is defined elsewhere.
@@ -29,46 +31,19 @@ BENCHMARK_NAMES = (  # lab/checkpoints/benchmarks.py
 )
 
 
-@dataclass
-class MoEConfig:
-    """The sizes of a model; the texts are the command line's help.
+def settings_of_file(file: str, name: str) -> type:
+    """A class of settings out of a file that imports torch, without importing that file.
 
-    Raises ValueError where the sizes do not fit together.
+    The class is defined here once more, from its source. So MoEConfig can stand in moe.py and
+    RemixConfig in remix.py, where they are read.
     """
-
-    vocab_size: Annotated[int, "tokens in the vocabulary"] = 48
-    context: Annotated[int, "longest sequence, in tokens"] = 64
-    d_model: Annotated[int, "width of the residual stream"] = 64
-    n_layers: Annotated[int, "number of blocks"] = 4
-    n_heads: Annotated[int, "attention heads"] = 4
-    n_kv_heads: Annotated[int | None, "key-value heads, shared among heads (none: n_heads)"] = None
-    head_dim: Annotated[int | None, "width of a head (none: d_model / n_heads)"] = None
-    n_experts: Annotated[int, "experts in each MoE layer"] = 16
-    top_k: Annotated[int, "experts that each token visits"] = 4
-    d_expert: Annotated[int, "hidden width of an expert"] = 64
-    norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
-    d_shared: Annotated[int, "hidden width of an expert that every token visits (0: none)"] = 0
-    dense_layers: Annotated[tuple[int, ...], "layers that are dense, not MoE, such as 0,2"] = ()
-    d_dense: Annotated[int | None, "width of dense layers (none: what a token visits)"] = None
-    qk_norm: Annotated[Literal["full", "head", "none"], "RMSNorm of queries and keys"] = "full"
-    clip_qkv: Annotated[float | None, "clamp queries, keys, values to plus or minus this"] = None
-    rope_theta: Annotated[float, "base of the rotary frequencies"] = 10_000.0
-    norm_eps: Annotated[float, "epsilon in RMSNorm"] = 1e-5
-    dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
-    tied: Annotated[bool, "the output layer is the transposed embedding"] = False
-
-    def __post_init__(self):
-        require_sizes(self)
-        self.dense_layers = tuple(self.dense_layers)
-        if self.head_dim is None:
-            self.head_dim = self.d_model // self.n_heads
-        if self.n_kv_heads is None:
-            self.n_kv_heads = self.n_heads
-        if self.d_dense is None:
-            # As many weights as a token visits elsewhere: three matrices of width E / 3 weigh as
-            # much as a router.
-            router = round(self.n_experts / 3)
-            self.d_dense = self.top_k * self.d_expert + self.d_shared + router
+    source = Path(__file__).parents[2] / file
+    for statement in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.ClassDef) and statement.name == name:
+            scope = globals() | {"Callable": Callable}  # the checks and names of this file
+            exec(compile(ast.Module([statement], []), source, "exec"), scope)
+            return scope[name]
+    raise ValueError(f"{source} defines no class {name}")
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -128,30 +103,6 @@ class TrainConfig:
         require(not (self.preset and has_twin), f"a preset has no dense twin: {hint}")
         named = self.data != "text" or self.data_file is not None
         require(named, "--data text needs --data-file PATH")
-
-
-# ---------------------------------------------------------------------------------------- re-mixing
-
-
-@dataclass
-class RemixConfig:
-    """How to re-mix. The paper's settings for OLMoE are layers last:5, core 20, k 3."""
-
-    method: Annotated[str | Callable, "ngd, kernel_regression, mode_finding, a function"] = "ngd"
-    k: Annotated[int, "neighbours of each prompt"] = 3
-    kernel: Annotated[Literal[KERNELS], "how much each of them counts"] = "gaussian"
-    embedding: Annotated[str, "what makes prompts alike"] = "tfidf-places"
-    layers: Annotated[str, "critical layers: all, last:2, first:1, middle:2, or 0,3"] = "all"
-    core: Annotated[int | None, "experts of a row that may change (none: all)"] = None
-    steps: Annotated[int, "steps of ngd and of mode_finding"] = 10
-    lr: Annotated[float, "ngd: the first step; a cosine takes it down to a thousandth"] = 0.5
-    alpha: Annotated[float, "mode_finding: what is kept of the pathway in a step"] = 0.5
-    loss: Annotated[Literal["vocabulary", "options"], "cross-entropy over these"] = "vocabulary"
-    batch: Annotated[int, "prompts at a time"] = 64
-    max_memory: Annotated[float, "MB for the references' prefixes that are kept"] = 512.0
-
-    def __post_init__(self):
-        require_remixing(self)
 
 
 # --------------------------------------------------------------------------------------- benchmarks

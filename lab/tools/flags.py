@@ -15,20 +15,22 @@ from lab.tools import cli
 from lab.tools.configs import (
     ChoiceConfig,
     CompositionConfig,
-    MoEConfig,
     PresetsConfig,
     RehearsalConfig,
-    RemixConfig,
     TrainConfig,
+    settings_of_file,
 )
+
+MoEConfig = settings_of_file("moe.py", "MoEConfig")
+RemixConfig = settings_of_file("remix.py", "RemixConfig")
 
 FLAG_LIMITS = {
     "threads": (1, 1024),
     "tokens": (1, 2**31),
     "temperature": (0, 1e6),
     "seed": (0, 2**62),
+    "most": (1, 2**62),
 }
-FLAG_LIMITS |= {"most": (1, 2**62)}
 
 
 def training(argv, text: str) -> dict:

@@ -5,8 +5,9 @@ from pathlib import Path
 from data import TASKS
 from lab.composing.presets import config_class, preset
 from lab.tools import cli, runs
-from lab.tools.configs import MoEConfig, TrainConfig
+from lab.tools.configs import TrainConfig
 from lab.tools.files import new_folder
+from moe import MoEConfig
 
 CHANGEABLE = ("resume", "device", "compile", "taste")  # flags that a resumed run may change
 

@@ -103,7 +103,11 @@ FAMILIES = {  # by the model_type of config.json
 
 
 def spelt(name: str, family: str) -> str:
-    """The name of a tensor, in whatever words a file has it, in those of this family."""
+    """The name of a tensor, in whatever words a file has it, in those of this family.
+
+    >>> spelt("_orig_mod.model.layers.0.mlp.experts.7.up_proj.weight", "mixtral")
+    'model.layers.0.block_sparse_moe.experts.7.w3.weight'
+    """
     common = {theirs: ours for ours, theirs in MIXTRAL.items()}
     words = FAMILIES[family].words
     parts = []

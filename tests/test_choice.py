@@ -330,9 +330,21 @@ def begun_by(token):
     return change
 
 
+def unknown_by(token):
+    """A special token behind the vocabulary, which stands for what is not in it."""
+
+    def change(tokenizer):
+        tokenizer.add_special_tokens([token])
+        tokenizer.model.unk_token = token
+
+    return change
+
+
 BEHIND = {  # tokens behind the vocabulary -> what is said of them
     "one": (padded_by("<pad>"), "<pad> is behind the model's 284 tokens: left out"),
     "two": (padded_by("<pad>", "<mask>"), "<mask>, <pad> is behind the model's 284 tokens"),
+    "named": (lambda tokenizer: tokenizer.add_tokens(["<pad>"]), "<pad> is behind the model's"),
+    "for unknown words": (unknown_by("<unk>"), None),
     "a word": (lambda tokenizer: tokenizer.add_tokens(["fire"]), None),
     "before all texts": (begun_by("<pad>"), None),
 }
@@ -347,6 +359,7 @@ def test_tokens_behind_the_vocabulary(which, folder, tmp_path, capsys):
     expected = tokenizer.encode("fire and ice").ids
     change(tokenizer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": {"content": "<pad>"}}')
     if told is None:
         with refused("tokenizer.json", "the model"):
             read_tokenizer(tmp_path, 284)

@@ -3,9 +3,9 @@
     python hf.py PATH_OR_REPO      tell what a checkpoint is, and whether it fits here
 
 A checkpoint is a folder of config.json, model.safetensors (or an index and several such files) and
-tokenizer.json. A family of models differs from another in the names of its tensors and in some
-settings; this page has a table for the names, reads config.json, and then loads and saves. The
-files may be broken or hostile: lab/checkpoints/untrusted.py and tokenizer.py there read them.
+tokenizer.json. This page has a table for the names of its tensors, loads and saves. In
+lab/checkpoints, families.py makes sizes of config.json, and config.json of sizes; untrusted.py and
+tokenizer.py read files that may be broken or hostile.
 """
 
 from lab.tools import cli, flags
@@ -23,10 +23,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lab.checkpoints.families import FAMILIES, MIXTRAL, read_config, write_config
 from lab.checkpoints.tokenizer import read_tokenizer
 from lab.checkpoints.untrusted import (
     DTYPES,
-    Settings,
     copy_tensor,
     download,
     one_line,
@@ -38,16 +38,7 @@ from lab.checkpoints.untrusted import (
 )
 from lab.tools.checks import progress, require_finite, torch_defaults
 from lab.tools.files import as_json, whole_folder
-from moe import (
-    Experts,
-    MoE,
-    MoEConfig,
-    MoETransformer,
-    Router,
-    named_tensors,
-    require,
-    unwrapped,
-)
+from moe import MoETransformer, named_tensors, require
 
 # ------------------------------------------------------------------------------- names of tensors
 
@@ -82,24 +73,7 @@ STACKED = {  # all experts in one tensor, as transformers 5 can save them, or in
     ],
     "ffns.0.experts.down": [["mlp.experts.down_proj"], ["mlp.switch_mlp.down_proj"]],
 }
-MIXTRAL = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 WRAPPERS = ("_orig_mod", "module")  # torch.compile and data-parallel training stand before names
-
-
-class Family(NamedTuple):
-    """What tells one family of checkpoints from another."""
-
-    words: dict[str, str]  # parts of names for which it has words of its own
-    qk_norm: str  # where queries and keys are normalised, see MoEConfig
-    rope_theta: float  # where config.json gives none
-
-
-FAMILIES = {  # by the model_type of config.json
-    "olmoe": Family({}, "full", 1e4),
-    "deepseek": Family({}, "none", 1e4),
-    "mixtral": Family(MIXTRAL, "none", 1e6),
-    "qwen3_moe": Family({}, "head", 1e4),
-}
 
 
 def spelt(name: str, family: str) -> str:
@@ -148,172 +122,6 @@ def pieces(model, family: str, stored=()) -> Iterator[tuple[str, torch.Tensor]]:
                 continue
             for e, matrix in enumerate(view):
                 yield name.format(e=e), matrix
-
-
-# ------------------------------------------------------------------------------------ config.json
-
-# Field of MoEConfig -> its kind, and the keys that may hold it; the names differ by version.
-KEYS = {
-    "vocab_size": (int, "vocab_size"),
-    "context": (int, "max_position_embeddings"),
-    "d_model": (int, "hidden_size"),
-    "clip_qkv": (float, "clip_qkv"),
-    "n_layers": (int, "num_hidden_layers"),
-    "n_heads": (int, "num_attention_heads"),
-    "n_kv_heads": (int, "num_key_value_heads"),
-    "n_experts": (int, "num_experts", "num_local_experts", "n_routed_experts"),
-    "top_k": (int, "num_experts_per_tok"),
-    "norm_topk": (bool, "norm_topk_prob"),
-    "norm_eps": (float, "rms_norm_eps"),
-    "tied": (bool, "tie_word_embeddings"),
-    "head_dim": (int, "head_dim"),
-    "rope_theta": (float, "rope_theta", "rope_parameters.rope_theta", "rope_scaling.rope_theta"),
-}
-OPTIONAL = {
-    "n_kv_heads": None,
-    "head_dim": None,
-    "clip_qkv": None,
-    "norm_topk": False,
-    "tied": False,
-}
-HIGH = {"n_layers": 256, "context": 2**30}
-
-
-def read_config(raw: dict, path):
-    """What config.json says -> (family, MoEConfig, dtype of the file).
-
-    path: for messages. ValueError that names a key which is missing, absurd, or would change the
-    result in a way that moe.py does not compute.
-    """
-    name = str(raw.get("model_type"))
-    names = ", ".join(FAMILIES)
-    require(name in FAMILIES, f"{path}: model_type is {name:.60}; known are {names}")
-    settings = Settings(raw, path)
-
-    # Read the sizes that every family has.
-    family = FAMILIES[name]
-    defaults = OPTIONAL | {"rope_theta": family.rope_theta}
-    sizes = {"qk_norm": family.qk_norm}
-    for field, (kind, *keys) in KEYS.items():
-        limits = {"high": HIGH.get(field)}
-        if field in defaults:
-            limits["default"] = defaults[field]
-        sizes[field] = settings.get(kind, *keys, **limits)
-
-    # Refuse what we would compute wrongly.
-    others = {"layer_types": [["full_attention"] * sizes["n_layers"]]}
-    if name != "olmoe":  # only this family clips
-        others["clip_qkv"] = []
-    settings.require_plain(others)
-
-    # Mixtral always looks within its window, others where they are told, OLMoE by default.
-    told = settings.get(bool, "use_sliding_window", default=name != "qwen3_moe")
-    if told or name == "mixtral":
-        sizes["context"] = settings.within_window(sizes["context"])
-
-    # Find the dense layers, and the widths.
-    sizes["dense_layers"] = dense_layers(settings, sizes["n_layers"])
-    n_shared = settings.get(int, "n_shared_experts", default=0, low=0)
-    width = settings.get(int, "moe_intermediate_size", default=None)
-    sizes["d_expert"] = width or settings.get(int, "intermediate_size")
-    sizes["d_dense"] = settings.get(int, "intermediate_size", default=None)
-    sizes["d_shared"] = n_shared * sizes["d_expert"]
-
-    # Mixtral always divides the k weights by their sum. DeepSeek never divides a single one.
-    if name == "mixtral":
-        sizes["norm_topk"] = True
-    if name == "deepseek" and sizes["top_k"] == 1:
-        sizes["norm_topk"] = False
-
-    try:
-        config = MoEConfig(**sizes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return name, config, settings.dtype()
-
-
-def dense_layers(settings: Settings, n_layers: int) -> list[int]:
-    """The layers that are dense; families say it in different keys."""
-    every = settings.get(int, "moe_layer_freq", default=1)
-    step = settings.get(int, "decoder_sparse_step", default=1)
-    first = settings.get(int, "first_k_dense_replace", default=0, low=0)
-    named = settings.raw.get("mlp_only_layers", [])
-    valid = isinstance(named, list) and all(layer in range(n_layers) for layer in named)
-    problem = f"{settings.path}: mlp_only_layers is {named!r:.60}"
-    require(valid, f"{problem}; expected some of the layers 0 to {n_layers - 1}")
-
-    layers = []
-    for i in range(n_layers):
-        moe = i % every == 0 and (i + 1) % step == 0
-        if i < first or i in named or not moe:
-            layers.append(i)
-    return layers
-
-
-def write_config(model):
-    """The family that a model belongs to, and its config.json -> (family, dict).
-
-    ValueError, with the reason, where no family can express it.
-    """
-    model = unwrapped(model)
-
-    # A router or expert of another class computes what no family does.
-    classes = {type(model)}
-    for module in model.modules():
-        if isinstance(module, MoE):
-            classes |= {type(module.router), type(module.experts)}
-    other = sorted(kind.__name__ for kind in classes - {MoETransformer, Router, Experts})
-    require(not other, f"no family of the hub computes {', '.join(other)}")
-
-    # The norm of queries and keys tells the families apart, but for two.
-    c = model.config
-    mixtral = c.norm_topk and c.d_shared == 0 and not c.dense_layers
-    unnormed = "mixtral" if mixtral else "deepseek"
-    name = {"full": "olmoe", "head": "qwen3_moe", "none": unnormed}[c.qk_norm]
-
-    # Write what all families have, and what only this one has.
-    raw = {}
-    for field, (_, key, *_) in KEYS.items():
-        if field not in ("clip_qkv", "head_dim"):
-            raw[key] = getattr(c, field)
-    raw["intermediate_size"] = c.d_expert
-    if name == "olmoe":
-        raw["clip_qkv"] = c.clip_qkv
-    if name == "mixtral":
-        raw["head_dim"] = c.head_dim
-        raw["num_local_experts"] = c.n_experts
-    if name == "qwen3_moe":
-        raw["head_dim"] = c.head_dim
-        raw["mlp_only_layers"] = list(c.dense_layers)
-    if name == "deepseek":
-        raw["n_routed_experts"] = c.n_experts
-        raw["n_shared_experts"] = c.d_shared // c.d_expert
-        raw["first_k_dense_replace"] = len(c.dense_layers)
-    if name in ("qwen3_moe", "deepseek"):
-        raw["intermediate_size"] = c.d_dense
-        raw["moe_intermediate_size"] = c.d_expert
-    class_name = name.title().replace("_", "")  # qwen3_moe -> Qwen3Moe
-    raw |= {
-        "model_type": name,
-        "architectures": [f"{class_name}ForCausalLM"],
-        "hidden_act": "silu",
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
-    }
-
-    # Read it back: what differs cannot be expressed. Dropout is left out, and without dense layers
-    # their width means nothing.
-    _, back, _ = read_config(raw, "config.json")
-    lost = {}
-    for field, value in vars(c).items():
-        unused = field == "dropout" or (field == "d_dense" and not c.dense_layers)
-        if not unused and getattr(back, field) != value:
-            lost[field] = value
-    problem = f"with qk_norm {c.qk_norm!r} this would be {name}, which cannot have {lost}"
-    require(not lost, problem)
-    return name, raw
 
 
 # ---------------------------------------------------------------------------------- load and save

@@ -23,7 +23,8 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     "remix.py": CHECKS | {"moe", "pathways"},
     "hf.py": CHECKS
     | {f"lab.tools.{name}" for name in ("cli", "files", "flags")}
-    | {"moe", "lab.checkpoints.untrusted", "lab.checkpoints.tokenizer"},
+    | {"moe"}
+    | {f"lab.checkpoints.{name}" for name in ("families", "tokenizer", "untrusted")},
     "lab/tools": MODELS | {"lab.tools", "lab.composing.presets"},
     "lab/tools/configs.py": set(),
     "lab/tools/checks.py": {"lab.tools.configs"},
@@ -41,7 +42,8 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     | {"lab.tools.cli", "lab.tools.flags"},
     "lab/remixing": EXPERIMENTS | {"lab.remixing"},
     "lab/checkpoints": EXPERIMENTS | {"lab.remixing", "lab.checkpoints"},
-    "lab/checkpoints/untrusted.py": {"lab.tools.checks", "lab.tools.cli", "lab.tools.files"},
+    "lab/checkpoints/untrusted.py": {"lab.tools.checks", "lab.tools.files"},
+    "lab/checkpoints/families.py": {"moe", "lab.tools.checks", "lab.tools.cli"},
     "lab/checkpoints/tokenizer.py": {"lab.tools.checks", "lab.tools.cli"}
     | {"lab.checkpoints.untrusted"},
     "lab/playground": EXPERIMENTS | {"lab.remixing", "lab.composing.presets", "lab.playground"},

@@ -12,33 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lab.tools.checks import require, require_finite
-from lab.tools.cli import note
 from lab.tools.files import parse_json
 
 MAX_JSON = 2**23  # bytes of a file
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-LIMITS = {int: (1, 2**18), float: (1e-12, 1e12), bool: (False, True)}
-REQUIRED = object()  # the default of a setting that has none
-NEUTRAL = {  # keys that can change the result of a model -> the values that do not
-    "hidden_act": ["silu", "swish"],
-    "attention_bias": [False],
-    "mlp_bias": [False],
-    "scoring_func": ["softmax"],
-    "n_group": [1],
-    "topk_group": [1],
-    "topk_method": ["greedy", "group_limited_greedy"],  # the same for one group
-    "routed_scaling_factor": [1],
-    "partial_rotary_factor": [1],
-    "quantization": [],  # as MLX says it
-    "quantization_config": [],
-}
-ROPE = {  # the same for keys of rope_scaling and rope_parameters; others are of other rope_types
-    "rope_type": ["default"],
-    "factor": [1],
-    "attention_factor": [1],
-    "partial_rotary_factor": [1],
-}
-FACTORED = ("linear", "dynamic", "yarn", "llama3")  # rope_types that a factor of 1 makes neutral
 INSTALL = 'pip install -e ".[hf]"'
 
 
@@ -71,80 +48,6 @@ def read_object(path: Path) -> dict:
     size = path.stat().st_size
     require(size <= MAX_JSON, f"{path} has {size:,} bytes; expected at most {MAX_JSON:,}")
     return parse_json(path.read_bytes(), {}, str(path))
-
-
-class Settings:
-    """The settings of a config.json, each checked when it is asked for. null counts as absent."""
-
-    def __init__(self, raw: dict, path):
-        self.path = path
-        self.raw = {key: value for key, value in raw.items() if value is not None}
-        # What stands within an object becomes a key of its own, such as rope_scaling.factor.
-        for key in ("rope_scaling", "rope_parameters"):
-            rope = self.raw.get(key)
-            if not isinstance(rope, dict) or any(isinstance(each, dict) for each in rope.values()):
-                continue  # refused later: one rope for each kind of layer
-            del self.raw[key]
-            if "type" in rope:
-                rope = {"rope_type": rope["type"]} | rope
-            if rope.get("rope_type") in FACTORED and rope.get("factor") == 1:
-                rope = rope | {"rope_type": "default"}
-            for inner, value in rope.items():
-                if value is not None:
-                    self.raw[f"{key}.{inner}"] = value
-
-    def get(self, kind: type, *keys: str, default=REQUIRED, low=None, high=None):
-        """The value that stands under one of these keys, or under several that agree.
-
-        kind: int, float or bool, however it is written: 16.0 is an int, 0 and 1 are bools. low,
-        high: its limits. ValueError that names the key.
-        """
-        given = {key: self.raw[key] for key in keys if key in self.raw}
-        if not given:
-            missing = f"{self.path} has no {' or '.join(keys)}"
-            require(default is not REQUIRED, missing)
-            return default
-
-        lowest, highest = LIMITS[kind]
-        low = lowest if low is None else low
-        high = highest if high is None else high
-        for key, value in given.items():
-            number = type(value) in (int, float) or (kind is bool and type(value) is bool)
-            fits = number and low <= value <= high and kind(value) == value
-            expected = f"expected {kind.__name__} from {low} to {high}"
-            require(fits, f"{self.path}: {key} is {value!r:.60}; {expected}")
-        return kind(self.agreed(given))
-
-    def agreed(self, given: dict):
-        """The one value of all these keys."""
-        values = list(given.values())
-        require(values.count(values[0]) == len(values), f"{self.path} contradicts itself: {given}")
-        return values[0]
-
-    def require_plain(self, others: dict[str, list]):
-        """ValueError for a key that would change the result: of NEUTRAL, ROPE, or these others."""
-        neutral = NEUTRAL | others | {"rope_scaling": [], "rope_parameters": []}
-        for inner, values in ROPE.items():
-            neutral |= {f"{key}.{inner}": values for key in ("rope_scaling", "rope_parameters")}
-        for key, values in neutral.items():
-            value = self.raw.get(key)
-            expected = f"we only compute {(values or [None])[0]!r:.60}"
-            plain = value in (None, {}, *values)
-            require(plain, f"{self.path}: {key} is {value!r:.80}; {expected}")
-
-    def dtype(self) -> str:
-        """The numbers that the weights are saved in, by a name of torch."""
-        given = {key: self.raw[key] for key in ("dtype", "torch_dtype") if key in self.raw}
-        given = {key: str(value).removeprefix("torch.") for key, value in given.items()}
-        return self.agreed(given) if given else "float32"
-
-    def within_window(self, context: int) -> int:
-        """The context, cut to the window of attention: up to there both see the same tokens."""
-        window = self.get(int, "sliding_window", default=context, high=2**30)
-        if window >= context:
-            return context
-        note(f"{self.path}: attention looks back {window:,} tokens: the context is cut to that")
-        return window
 
 
 # ---------------------------------------------------------------------------------------- tensors

@@ -25,7 +25,7 @@ def test_everything_is_measured(call, monkeypatch, capsys, tmp_path):
     assert call(speed, "--rounds 1 --out speed.json") == 0
 
     text = capsys.readouterr().out
-    for words in ("training step", "8 prompts", "loading", "tokenizing", "NGD, tiny", "slope"):
+    for words in ("training step", "prompts: 8", "loading", "tokenizing", "NGD, tiny", "slope"):
         assert words in text
     result = json.loads((tmp_path / "speed.json").read_text())
     assert len(result["layers"]) == 2 * 3 * 3

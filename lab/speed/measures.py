@@ -234,7 +234,7 @@ def generation_rows(machine: Machine, rounds: int) -> list[dict]:
             read = 4 * (rest + sizes.n_layers * visited * expert)
             operations = 2 * n_prompts * active_weights(sizes)
             limit = n_new * machine.least(operations, read)
-            what = f"{n_new} new tokens, {n_params:.1f} M parameters, {n_prompts} prompts"
+            what = f"{n_new} new tokens, {n_params:.1f} M parameters, prompts: {n_prompts}"
             rows.append(timed(what, calls, turns, limit))
     return rows
 

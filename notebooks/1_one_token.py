@@ -11,22 +11,8 @@
 
 # %%
 # %matplotlib inline
-from dataclasses import replace
-
 import pictures
-import torch
-import torch.nn.functional as F
 
-import train_toy
-from data import SkillsTask
-from lab.scores.evaluation import router_names
-from lab.scores.specialisation import specialisation
-from lab.tools import cli
-from lab.tools.settings import TrainConfig
-from moe import Combine, Dispatch, MoEConfig, MoETransformer, Routing, grouped_matmul, router_losses
-
-torch.set_num_threads(1)
-torch.set_printoptions(precision=3, sci_mode=False, linewidth=110)
 pictures.moe_layer()
 
 # %% [markdown]
@@ -49,6 +35,22 @@ pictures.moe_layer()
 # at, we give this one larger random weights.
 
 # %%
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+import train_toy
+from data import SkillsTask
+from lab.scores.evaluation import router_names
+from lab.scores.specialisation import specialisation
+from lab.tools import cli
+from lab.tools.settings import TrainConfig
+from moe import Combine, Dispatch, MoEConfig, MoETransformer, Routing, grouped_matmul, router_losses
+
+torch.set_num_threads(1)
+torch.set_printoptions(precision=3, sci_mode=False, linewidth=110)
+
 torch.manual_seed(0)
 config = MoEConfig(d_model=8, n_layers=1, n_heads=1, n_experts=8, top_k=2, d_expert=16)
 layer = MoETransformer(config).blocks[0].ffns[0]

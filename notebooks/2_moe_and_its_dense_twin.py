@@ -12,20 +12,8 @@
 
 # %%
 # %matplotlib inline
-from collections import Counter
-
 import pictures
-import torch
 
-import train_toy
-from data import SkillsTask
-from lab.scores.evaluation import router_names
-from lab.scores.specialisation import specialisation
-from lab.tools import cli, figures
-from lab.tools.settings import TrainConfig
-from moe import IGNORE, MoEConfig
-
-torch.set_num_threads(1)
 pictures.twins()
 
 # %% [markdown]
@@ -43,6 +31,20 @@ pictures.twins()
 # as the router does. Both have two layers of width 64.
 
 # %%
+from collections import Counter
+
+import torch
+
+import train_toy
+from data import SkillsTask
+from lab.scores.evaluation import router_names
+from lab.scores.specialisation import specialisation
+from lab.tools import cli, figures
+from lab.tools.settings import TrainConfig
+from moe import IGNORE, MoEConfig
+
+torch.set_num_threads(1)
+
 task = SkillsTask(0)
 sizes = MoEConfig(n_layers=2, n_experts=16, top_k=4, d_expert=64)
 kinds = ("moe", "dense")

@@ -18,30 +18,8 @@
 # %%
 # %matplotlib inline
 # %config InlineBackend.print_figure_kwargs = {"dpi": 100}
-import timeit
-from dataclasses import replace
-
 import pictures
-import torch
-from IPython.display import display
 
-from data import SKILLS, Prompts, SkillsTask
-from lab.remixing.arena import Arena
-from lab.remixing.contest import compete, mistake_shares, pooled, subset_masks
-from lab.remixing.figures import methods_figure, pathway_figure, reach_figure
-from lab.remixing.knowledge import LEVELS, variances
-from lab.remixing.reach import measure_reach, reach_table, targets_of
-from lab.remixing.tables import main_table, mistakes_table
-from lab.scores.evaluation import router_names
-from lab.tools import cli
-from lab.tools.settings import TrainConfig
-from moe import Imposed, MoEConfig, MoETransformer
-from pathways import Neighbours, ReferenceSet, Tail, critical_layers, padded
-from remix import RemixConfig, core_experts, kernel_regression, mend, mode_finding, ngd, remix
-from train_toy import update
-
-torch.set_num_threads(1)
-torch.set_printoptions(precision=2, sci_mode=False, linewidth=110)
 pictures.remixing()
 
 # %% [markdown]
@@ -64,6 +42,30 @@ pictures.remixing()
 # little shorter. (Another `SEED` is another task and another model: try it.)
 
 # %%
+import timeit
+from dataclasses import replace
+
+import torch
+from IPython.display import display
+
+from data import Prompts, SkillsTask
+from lab.remixing.arena import Arena
+from lab.remixing.contest import compete, mistake_shares, pooled, subset_masks
+from lab.remixing.figures import methods_figure, pathway_figure, reach_figure
+from lab.remixing.knowledge import LEVELS, variances
+from lab.remixing.reach import measure_reach, reach_table, targets_of
+from lab.remixing.tables import main_table, mistakes_table
+from lab.scores.evaluation import router_names
+from lab.tools import cli
+from lab.tools.settings import TrainConfig
+from moe import Imposed, MoEConfig, MoETransformer
+from pathways import Neighbours, ReferenceSet, Tail, critical_layers, padded
+from remix import RemixConfig, core_experts, kernel_regression, mend, mode_finding, ngd, remix
+from train_toy import update
+
+torch.set_num_threads(1)
+torch.set_printoptions(precision=2, sci_mode=False, linewidth=110)
+
 SEED = 0
 task, train = SkillsTask(SEED), TrainConfig(steps=300, seed=SEED)
 torch.manual_seed(SEED)
@@ -74,7 +76,9 @@ for step in range(train.steps):
     loss = update(model, model, optimizer, task, train, step)
 model.eval().requires_grad_(False)
 scores = task.score(model, "dev")
-print(f"last training loss {loss:.2f};", *(f"{name} {score:.2f}" for name, score in scores.items()))
+print(f"last training loss {loss:.2f}")
+for name, score in scores.items():
+    print(f"{name:12} {score:.2f}")
 
 # %% [markdown]
 # ## A pathway
@@ -150,8 +154,9 @@ right = chance(best, taken) > 0.5  # (38,) answered right
 
 # Our sample.
 own, truth = torch.tensor([[[0.50, 0.21, 0.29]]]), torch.tensor(TOP)
-counts = (right[:14].sum(), right[14:20].sum(), right[20:].sum())
-print("answered right: {} of 14 references, {} of 6, {} of 18".format(*counts))
+kinds = {"of our sample's kind": right[:14], "of another": right[14:20], "of a third": right[20:]}
+for kind, answered in kinds.items():
+    print(f"references {kind}: {answered.sum()} of {len(answered)} answered right")
 print(f"our sample starts at {own[0, 0]}, where P(right) is {chance(truth, own).item():.0%}")
 
 # %% [markdown]
@@ -358,61 +363,51 @@ print(f"their pathways: {shape} (references, tokens, routers, experts)")
 # 200 prompts of dev, drawn at random.
 generator = torch.Generator().manual_seed(SEED)
 rows = torch.randperm(len(asked.labels), generator=generator)[:200].sort().values
-asked = Prompts(*(column[rows] for column in asked))
+
+
+def some_of(prompts, rows):
+    """Some of the prompts, with all that is known of each."""
+    return Prompts(*[column[rows] for column in prompts])
+
+
+asked = some_of(asked, rows)
 result = remix(model, asked.tokens, references, method="ngd")
 for name, value in result._asdict().items():
     if torch.is_tensor(value):
         print(f"{name:15} {tuple(value.shape)}")
 
 # %% [markdown]
-# We look at prompts that were answered by the cue's other reading, whose neighbours share dialect
-# and cue, but of which **no neighbour has the label**: nothing can be copied. Of these we take the
-# one whose right answer gains most, a best case.
-
-
-# %%
-def describe(prompts, i):
-    """A prompt in words, and what its cue means here and in the other dialects."""
-    marker, a, b, token = prompts.tokens[i].tolist()
-    dialect, cue = marker - task.NONE, token - task.FIRST_CUE
-    names, skill = list(SKILLS), int(prompts.skill[i])
-    text = f"dialect {dialect}, a = {a}, b = {b}, cue {cue}: {names[skill]} = {prompts.labels[i]}"
-    for other in set(task.meaning[cue].tolist()) - {skill}:
-        text += f"; elsewhere {names[other]} = {prompts.other[i]}"
-    return text
-
+# We look at prompts that were answered by the cue's other reading, and of whose neighbours **none
+# has the label**: nothing can be copied. Of these we take the one whose right answer gains most, a
+# best case.
 
 # %%
 before, after = result.logits_before.softmax(-1), result.logits.softmax(-1)  # (n, V) twice
-gain = (after - before).gather(1, asked.labels[:, None])[:, 0]  # (n,) of the right answer
-near = Prompts(*(column[result.neighbours.index] for column in solved))  # (n, k, ...)
+right_before = before.gather(1, asked.labels[:, None])[:, 0]  # (n,) P(right answer)
+right_after = after.gather(1, asked.labels[:, None])[:, 0]
 
-misread = (before.argmax(1) == asked.other) & (asked.other != asked.labels)
-dialect_and_cue = [0, 3]  # their places
-same = near.tokens[:, :, dialect_and_cue] == asked.tokens[:, None, dialect_and_cue]  # (n, k, 2)
-nothing_to_copy = (near.labels != asked.labels[:, None]).all(1)
-candidates = misread & same.all((1, 2)) & nothing_to_copy  # (n,)
-i = int(gain.where(candidates, -1).argmax())
+misread = (before.argmax(1) == asked.other) & (asked.other != asked.labels)  # (n,)
+near_labels = solved.labels[result.neighbours.index]  # (n, k)
+nothing_to_copy = (near_labels != asked.labels[:, None]).all(1)  # (n,)
+candidates = misread & nothing_to_copy
+gain = (right_after - right_before).where(candidates, -1)
+i = int(gain.argmax())
 
-# %%
-mended = (after.argmax(1) == asked.labels)[candidates]
-print(f"{mended.sum()} of {len(mended)} such prompts are answered right after NGD.", end=" ")
+mended = candidates & (after.argmax(1) == asked.labels)
+print(f"{mended.sum()} of {candidates.sum()} such prompts are answered right after NGD.")
 print("This one gains most:\n")
-print("the prompt    ", describe(asked, i))
-print(f"it is answered {before[i].argmax()} before, {after[i].argmax()} after\n")
-index, weight = result.neighbours.index[i].tolist(), result.neighbours.weight[i].tolist()  # (k,)
-for j, share in zip(index, weight, strict=True):
-    print(f"neighbour, {share:.0%}", describe(solved, j))
+print(result.explain(i, task.words))
+print(f"\nright is {asked.labels[i]}; the cue's other reading gives {asked.other[i]}")
 
 # %%
 losses = {"this prompt": result.losses[i], "mean of all 200": result.losses.mean(0)}
 answers = {"before": before[i, : task.N].numpy(), "after NGD": after[i, : task.N].numpy()}
 marks = {int(asked.other[i]): "the other\nreading", int(asked.labels[i]): "right"}
-text, *_ = describe(asked, i).split(";")
+text = task.words(asked.tokens[i].tolist())
 display(pictures.ten_steps(losses, answers, marks, f"What ten steps do to one prompt: {text}"))
 
 panels = {"before": result.pathway_before[i], "after NGD": result.pathway[i]}
-for number, j in enumerate(index, 1):
+for number, j in enumerate(result.neighbours.index[i].tolist(), 1):
     panels[f"neighbour {number}"] = references.pathways[j, 0]
 panels = {name: pathway.numpy() for name, pathway in panels.items()}
 pathway_figure(panels, router_names(model), "The prompt's pathway, and its neighbours'")
@@ -494,7 +489,7 @@ reach_figure(reached, "Where ten steps lead: to right labels and to wrong ones")
 
 # %%
 some = torch.arange(len(solved.labels)).view(-1, 4)[::6].flatten()
-few = Prompts(*(column[some] for column in solved))
+few = some_of(solved, some)
 twin = replace(arena, references=ReferenceSet.build(model, few.tokens, few.labels, corpus=corpus))
 natural, mended = mend(twin.model, twin.references, twin.config)
 lines = []
@@ -525,15 +520,17 @@ for subset, inside in subset_masks(arena).items():  # inside (n,) bool
     line = [subset, inside.sum()]
     for name in ("base", "NGD", "random neighbours", "prefix for each", "oracle"):
         line.append(f"{results[name]['accuracy']:.0%}")
-    line.append("{low:+.0%} to {high:+.0%}".format(**results["NGD"]))
+    low, high = results["NGD"]["low"], results["NGD"]["high"]
+    line.append(f"{low:+.0%} to {high:+.0%}")
     lines.append(line)
 header = ["", "prompts", "base", "NGD", "random", "prefix", "oracle", "NGD - base, 95 %"]
 print(cli.table(lines, header), "\n")
 
 shares = {name: mistake_shares([outcomes[name]], [arena]) for name in ("base", "NGD", "oracle")}
 print(mistakes_table(shares), "\n")
-text = "in all, NGD gains {gain:+.1%}; 95 % interval {low:+.1%} to {high:+.1%}"
-print(text.format(**rows["NGD"]))
+ngd_row = rows["NGD"]
+interval = f"{ngd_row['low']:+.1%} to {ngd_row['high']:+.1%}"
+print(f"in all, NGD gains {ngd_row['gain']:+.1%}; 95 % interval {interval}")
 
 # %% [markdown]
 # The second table says what is mended: above all answers that had been the other reading. But see

@@ -10,6 +10,7 @@ import threading
 import types
 import typing
 from contextlib import contextmanager
+from pathlib import Path
 
 from lab.tools.configs import did_you_mean
 
@@ -174,10 +175,10 @@ def told_in_one_line():
         if sys.flags.dev_mode:
             raise
         message = " ".join(str(error).split()) or "out of memory"
-        print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, Usage) else 1)
     except KeyboardInterrupt:
-        print(f"\n{sys.argv[0]}: interrupted", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -86,6 +86,27 @@ def test_every_module_has_a_rule():
     assert {path.as_posix() for path in MODULES} - free == {path.as_posix() for path in ruled}
 
 
+def top_level_names(path: Path) -> set[str]:
+    """What a file defines: classes, functions and constants."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.Assign):
+            targets = [each for target in node.targets for each in ast.walk(target)]
+            names |= {each.id for each in targets if isinstance(each, ast.Name)}
+    return names
+
+
+def test_one_name_has_one_meaning():
+    """No two files define the same name, but for the `main` of a command."""
+    places = {}
+    for path in MODULES:
+        for name in top_level_names(ROOT / path) - {"main"}:
+            places.setdefault(name, []).append(path.as_posix())
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
 def test_the_page_of_files_names_what_is_there():
     """docs/files.md names every module, and every folder of lab."""
     page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")

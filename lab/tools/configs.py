@@ -191,12 +191,8 @@ class PresetsConfig:
             digits = all(end.isdigit() for end in ends)
             require(digits, f"seeds are {self.seeds!r}; expected numbers, such as 0-12 or 0,5")
             self.seed_list += range(int(ends[0]), int(ends[-1]) + 1)
-        self.preset_list = self.presets.split(",")
-        for name in self.preset_list:
-            require(
-                name in PRESET_NAMES,
-                f"no preset is called {name!r}{did_you_mean(name, PRESET_NAMES)}",
-            )
+        names = self.presets.split(",")
+        self.preset_list = [one_of("preset", name, PRESET_NAMES) for name in names]
 
 
 @dataclass

@@ -21,8 +21,9 @@ from lab.tools.configs import (
     settings_of_file,
 )
 
-MoEConfig = settings_of_file("moe.py", "MoEConfig")
-RemixConfig = settings_of_file("remix.py", "RemixConfig")
+# The classes of these files as flags need them: the fields with their texts, without torch.
+MODEL_SIZES = settings_of_file("moe.py", "MoEConfig")
+REMIX_SETTINGS = settings_of_file("remix.py", "RemixConfig")
 
 FLAG_LIMITS = {
     "threads": (1, 1024),
@@ -36,7 +37,7 @@ FLAG_LIMITS = {
 def training(argv, text: str) -> dict:
     """train_toy.py: the fields of TrainConfig and MoEConfig that are given."""
     parser = cli.Parser("train_toy.py", usage="%(prog)s [flags]", description=text)
-    cli.add_flags(parser, TrainConfig, MoEConfig, skip=("vocab_size",))  # the task decides
+    cli.add_flags(parser, TrainConfig, MODEL_SIZES, skip=("vocab_size",))  # the task decides
     return parser.parse(argv)
 
 
@@ -107,12 +108,12 @@ def add_remix_flags(parser: cli.Parser):
     what = "runs of a larger model, not re-mixed"
     flag("--beside", nargs="*", type=Path, default=[], help=what)
     flag("--out", type=Path, help="folder for JSON and figures (none: the first run's)")
-    cli.add_flags(parser, RemixConfig, skip=("method",))
+    cli.add_flags(parser, REMIX_SETTINGS, skip=("method",))
 
 
 def require_remix_flags(values: dict):
     """Values of re-mixing that fit together."""
-    cli.make_config(RemixConfig, values)
+    cli.make_config(REMIX_SETTINGS, values)
     folders, beside = values["run"], values["beside"]
     if beside and len(beside) != max(1, len(folders)):
         fault = f"--beside names {len(beside)} runs for {max(1, len(folders))}"
@@ -121,7 +122,7 @@ def require_remix_flags(values: dict):
 
 def remix_settings(values: dict) -> dict:
     """The fields of RemixConfig that are given."""
-    names = {field.name for field in fields(RemixConfig)} - {"method"}
+    names = {field.name for field in fields(REMIX_SETTINGS)} - {"method"}
     return {name: value for name, value in values.items() if name in names}
 
 
@@ -130,10 +131,10 @@ def choice(argv, text: str) -> dict:
     usage = "%(prog)s --model PATH_OR_REPO [flags]"
     parser = cli.Parser("eval.py choice", usage=usage, description=text)
     cli.add_flags(parser, ChoiceConfig)
-    cli.add_flags(parser, RemixConfig, skip=("method",))
+    cli.add_flags(parser, REMIX_SETTINGS, skip=("method",))
     values = parser.parse(argv)
     cli.make_config(ChoiceConfig, values)
-    cli.make_config(RemixConfig, remix_settings(values))
+    cli.make_config(REMIX_SETTINGS, remix_settings(values))
     return values
 
 

@@ -20,6 +20,7 @@ from typing import Annotated
 import torch
 import torch.nn as nn
 
+from lab.tools.checks import annotated, require
 from moe import MoEConfig, MoETransformer
 
 
@@ -75,11 +76,13 @@ PAPER = {
 }
 
 
+@annotated
 def smoe_share(base: MoEConfig) -> MoEConfig:
     """The base sizes as they are: ordinary experts, and a shared one."""
     return replace(base)
 
 
+@annotated
 def fine_grained(base: MoEConfig) -> MoEConfig:
     """Twice as many experts, half as wide; a token visits twice as many."""
     return replace(
@@ -90,13 +93,15 @@ def fine_grained(base: MoEConfig) -> MoEConfig:
     )
 
 
+@annotated
 def cartesian(base: MoEConfig, n_visits: int | None = None) -> CartesianConfig:
     """Two sub-layers with half of the parameters each.
 
     n_visits: experts that a token visits in each of A and B; base.top_k unless given. The more
     there are to visit, the more experts there are, and the narrower is each of them.
     """
-    visits = n_visits or base.top_k
+    visits = base.top_k if n_visits is None else n_visits
+    require(visits >= 1, f"n_visits is {visits}; it must be at least 1")
     n_experts = base.n_experts * visits // base.top_k
     d_expert = base.top_k * base.d_expert // (2 * visits)
     # More experts need a larger router, and the shared expert pays for it. Its three matrices of
@@ -112,6 +117,7 @@ def cartesian(base: MoEConfig, n_visits: int | None = None) -> CartesianConfig:
     return CartesianConfig(**vars(base) | changes)
 
 
+@annotated
 def count_parameters(config: MoEConfig, model_class: type | None = None) -> tuple[int, int]:
     """Parameters in all, and those that one token activates. Nothing is allocated.
 

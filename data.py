@@ -21,8 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lab.tools.checks import evaluation
+from lab.tools.checks import annotated, evaluation, require_shape
 from lab.tools.cli import note
+from lab.tools.configs import one_of
 from lab.tools.files import digest, require_form
 from lab.tools.texts import identify, read_tokens, tinystories, tokenizer
 from moe import IGNORE, require
@@ -93,17 +94,22 @@ class Task(Protocol):
         return ""
 
 
+@annotated
 def perplexity(nats: float) -> float:
-    """exp(nats). Of more than 700 it is exp(700): hardly a larger number can be held."""
+    """exp(nats). Of more than 700 it is exp(700), with a note: hardly a larger one can be held."""
+    if nats > 700:
+        note(f"the loss is {nats:.4g} nats: exp(700) stands for its perplexity, which is larger")
     return math.exp(min(nats, 700.0))
 
 
+@annotated
 @torch.no_grad()
-def passes(model, *tensors) -> Iterator[tuple]:
+def passes(model, *tensors: torch.Tensor) -> Iterator[tuple]:
     """Pass tokens (n, T) through the model in evaluation, so many rows at a time as fit.
 
     tensors: the tokens, and others of length n. Yields these rows of each, and the Output.
     """
+    require_shape("tokens", tensors[0], (None, None))
     n_rows = max(1, 8192 // tensors[0].shape[1])
     device = next(model.parameters()).device
     for start in range(0, len(tensors[0]), n_rows):
@@ -178,6 +184,7 @@ class SkillsTask(Task):
         "python train_toy.py --data tinystories": "stories; --data-file PATH: a text of your own",
     }
 
+    @annotated
     def __init__(self, seed: int = 0):
         self.seed = seed
         rng = np.random.default_rng([seed, 0])
@@ -258,8 +265,7 @@ class SkillsTask(Task):
 
     def prompts(self, split: str) -> Prompts:
         """A split's prompts: dev and test ask a cell in one dialect, the others in all four."""
-        names = ", ".join(self.splits)
-        require(split in self.splits, f"the skills task has no split {split!r}; it has {names}")
+        split = one_of("split", split, self.splits)
         cells = self.cells[split]
         dialect = self.dialect[cells]
         if split in ("train", "reference"):
@@ -360,7 +366,14 @@ class CompositionTask(Task):
         "python -m lab.composing.composition table": "what was found with many seeds",
     }
 
-    def __init__(self, seed=0, n_functions=16, n_in_a_row=2, trained=0.7):
+    @annotated
+    def __init__(
+        self,
+        seed: int = 0,
+        n_functions: int = 16,
+        n_in_a_row: int = 2,
+        trained: float = 0.7,
+    ):
         self.seed, self.n_functions, self.n_in_a_row = seed, n_functions, n_in_a_row
         require(n_functions >= 2, f"n_functions is {n_functions}; at least 2, one is the identity")
         require(n_in_a_row >= 1, f"n_in_a_row is {n_in_a_row}; expected 1 or more")
@@ -425,7 +438,7 @@ class CompositionTask(Task):
             alone = np.zeros((self.n_functions - 1, self.n_in_a_row), dtype=int)
             alone[:, step] = np.arange(1, self.n_functions)
             single.append(alone)
-        nats, right, balance = self.answered(model, self.pairs[split])
+        nats, right, balance = self.answered(model, self.pairs[one_of("split", split, self.pairs)])
         scores = {"loss": nats, "accuracy": right}
         scores["trained_pairs"] = self.answered(model, self.pairs["train"][:256])[1]
         scores["single_steps"] = self.answered(model, np.concatenate(single))[1]
@@ -446,14 +459,14 @@ class CompositionTask(Task):
 
     def kinds(self, split: str, n_kinds: int = 12, most: int | None = 256) -> Kinds:
         """The first functions, at the number, where the work is done; other tokens: of no kind."""
-        tokens, _ = self.all_numbers(self.pairs[split])
+        tokens, _ = self.all_numbers(self.pairs[one_of("split", split, self.pairs)])
         kind = torch.full_like(tokens, -1)
         kind[:, -1] = tokens[:, 0] - self.N - 1
         return Kinds(tokens, kind, [f"f{i}" for i in range(1, self.n_functions)])
 
     def problems(self, split: str) -> Problems:
         """The pairs of a split with all numbers."""
-        tokens, labels = self.all_numbers(self.pairs[split])
+        tokens, labels = self.all_numbers(self.pairs[one_of("split", split, self.pairs)])
         return Problems(tokens, torch.full_like(labels, tokens.shape[1]), labels)
 
 
@@ -481,10 +494,11 @@ class TextData(Task):
         "python eval.py routing": "which expert does what",
     }
 
+    @annotated
     def __init__(
         self,
-        path: str,
-        valid_path: str | None = None,
+        path: str | Path,
+        valid_path: str | Path | None = None,
         tokenizer_name: str = "tinystories",
         context: int = 128,
         seed: int = 0,
@@ -493,6 +507,8 @@ class TextData(Task):
         self.encoding = tokenizer(tokenizer_name)
         self.vocab_size = self.encoding.n_vocab
         self.guess = math.log(self.vocab_size)
+        require(context >= 1, f"context is {context}; it must be at least 1")
+        require(seed >= 0, f"seed is {seed}; it must be at least 0")
         self.context = context
         self.seed = seed
 
@@ -552,7 +568,7 @@ class TextData(Task):
 
     def documents(self, split: str) -> list[np.ndarray]:
         """The documents of a split in order, tokens (many,) that end with END."""
-        row = self.rows[split]
+        row = self.rows[one_of("split", split, self.rows)]
         return np.split(np.asarray(row), self.starts(row)[1:])[:-1]  # nothing, or no whole one
 
     def without_repeated(self, row, split: str, others: list):
@@ -581,6 +597,7 @@ class TextData(Task):
 
     def held_out(self, split: str, most: int | None = 256):
         """Windows that do not overlap, evenly spread over a split; None: all that fit."""
+        split = one_of("split", split, self.rows)
         last = len(self.rows[split]) - self.context - 1  # the last place where a window may start
         n = last // self.context + 1
         if most:

@@ -36,7 +36,7 @@ from lab.checkpoints.untrusted import (
     room,
     same_tensors,
 )
-from lab.tools.checks import progress, require_finite, torch_defaults
+from lab.tools.checks import annotated, progress, require_finite, torch_defaults
 from lab.tools.files import as_json, whole_folder
 from moe import MoETransformer, named_tensors, require
 
@@ -129,8 +129,9 @@ def pieces(model, family: str, stored=()) -> Iterator[tuple[str, torch.Tensor]]:
 ABOUT = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"]
 
 
+@annotated
 @torch_defaults()
-def load(source, dtype=None, device="cpu", cache=None, offline=False):
+def load(source: str | Path, dtype=None, device="cpu", cache=None, offline=False):
     """Open a checkpoint -> (model in evaluation mode, tokenizer of the library tokenizers or None).
 
     source: a folder, or owner/name[@revision] on the hub, which is downloaded to the folder `cache`
@@ -247,7 +248,8 @@ def require_room(source, model, dtype: str, device, spare: int = 0):
     require(need + spare <= free, f"{source} takes {sizes}: {hint}")
 
 
-def save(model, path):
+@annotated
+def save(model, path: str | Path):
     """Write a model as a new folder, which `load` opens, and but for deepseek transformers, too.
 
     It is written whole or not at all. Dropout is left out. ValueError, with the reason, for what no
@@ -269,7 +271,8 @@ def save(model, path):
         raise OSError(f"could not write {path}: {one_line(error)}") from error
 
 
-def describe(source) -> str:
+@annotated
+def describe(source: str | Path) -> str:
     """What a checkpoint is, and whether it fits; on the hub, from its config.json alone."""
     folder = fetch(source, ABOUT)
     name, model, stored = plan(folder)

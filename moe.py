@@ -34,13 +34,15 @@ import torch.nn.functional as F
 from lab.tools import compiled
 from lab.tools.checks import (
     IGNORE,
+    annotated,
+    as_integers,
     evaluation,
     require,
-    require_attention,
     require_context,
-    require_finite,
     require_generation,
+    require_in_vocabulary,
     require_inputs,
+    require_logits,
     require_pathway,
     require_stream,
     require_tokens,
@@ -454,8 +456,8 @@ class Attention(nn.Module):
 
         # Positions turn queries and keys; earlier tokens come from the cache.
         q, k = rotate(q, flow), rotate(k, flow)
-        if not self.training and not q.is_cuda:  # torch's kernel would take NaN for nothing to see
-            require_attention(q, k)
+        if not self.training:  # of a key that is infinite, this makes NaN, which `head` refuses
+            v = torch.add(v, k, alpha=0)
         past = None if flow.cache is None or flow.write else flow.cache.keys.get(self.layer)
         if past is not None and q.shape[2] == 1 and flow.mask is not None:
             y = look_back(q, k, v, past, flow.cache.values[self.layer], flow.mask)
@@ -471,6 +473,8 @@ class Attention(nn.Module):
             is_causal=flow.mask is None and q.shape[2] > 1,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, C)
+        if not self.training:  # torch's kernel gives 0 for a query of NaN
+            y = torch.add(y, q, alpha=0)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, H*C) -> (B, T, D)
 
 
@@ -547,6 +551,7 @@ class MoETransformer(nn.Module):
     (torch.Size([3, 7, 50]), torch.Size([21, 2]))
     """
 
+    @annotated
     def __init__(self, config: MoEConfig, router: type[Router] = Router):
         super().__init__()
         self.config = config
@@ -626,14 +631,15 @@ class MoETransformer(nn.Module):
         require_tokens(tokens, self.config.vocab_size)
         return self.dropout(self.embedding(tokens.long()))
 
+    @annotated
     def run_blocks(
         self,
-        x,
-        valid=None,
-        cache=None,
+        x: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        cache: Cache | None = None,
         first=0,
         last=None,
-        imposed=None,
+        imposed: Imposed | None = None,
         write=True,
         only_cache=False,
         routing=None,
@@ -711,17 +717,18 @@ class MoETransformer(nn.Module):
         output = self.embedding if self.unembedding is None else self.unembedding
         logits = wide(F.linear(self.norm(x), output.weight))
         if not self.training:  # a trainer sees it in the loss
-            require_finite("logits", logits, f"this model overflows in {x.dtype}, or is damaged")
+            require_logits(logits, self)
         return logits
 
+    @annotated
     def generate(
         self,
-        tokens,
-        n_tokens,
-        temperature=0.0,
+        tokens: torch.Tensor,
+        n_tokens: int,
+        temperature: float = 0.0,
         stop=None,
-        valid=None,
-        generator=None,
+        valid: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
         show: Callable | None = None,
     ):
         """Continue prompts (B, T) by up to n_tokens -> the new tokens (B, up to n_tokens).
@@ -731,10 +738,10 @@ class MoETransformer(nn.Module):
         valid: (B, T) bool, false at padding on the right.
         show: a function that is called with the new tokens (B,) of each step as they come.
         """
-        require_generation(tokens, valid, n_tokens, temperature, stop, self.config)
+        require_generation(tokens, valid, n_tokens, temperature, self.config)
         valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid.bool()
-        ends = [] if stop is None else stop
-        ends = torch.as_tensor(ends, dtype=torch.int64, device=tokens.device)
+        ends = as_integers("stop", [] if stop is None else stop, tokens.device)
+        require_in_vocabulary("stop", ends, self.config.vocab_size)
         with evaluation(self), torch.inference_mode():
             # All of the prompt at once; the last token of each sequence predicts the next one.
             cache = Cache()
@@ -808,7 +815,7 @@ def next_token(logits, temperature, generator):
     if temperature == 0:
         return logits.argmax(-1)
     below = logits - logits.amax(-1, keepdim=True)  # 0 for the best token: no overflow near 0
-    probs = (below / max(temperature, 1e-30)).softmax(-1)
+    probs = (below / max(float(temperature), 1e-30)).softmax(-1)
     return torch.multinomial(probs, 1, generator=generator)[:, 0]
 
 
@@ -833,7 +840,7 @@ def rotary_angles(position, config: MoEConfig):
     return cos, sin
 
 
-def unwrapped(model) -> "MoETransformer":
+def unwrapped(model) -> MoETransformer:
     """The model inside of what torch.compile or data-parallel training wraps around it."""
     inside = []
     if isinstance(model, nn.Module):

@@ -2,47 +2,35 @@
 
 A router sends a token to its experts by a row of probabilities. The rows of all routers at the last
 token of a prompt are its *pathway* w, a matrix (R routers, E experts). C3PO changes w until similar
-prompts whose answers are known, the *references*, are answered well along it. No weight changes,
-and the prompt's own answer is never looked at.
+prompts whose answers are known, the *references*, are answered well along it. No weight changes.
 
     references = ReferenceSet.build(model, solved_prompts, labels)
     result = remix(model, prompts, references)      # result.logits, .pathway, .neighbours
     print(result.explain(0))                        # what became of the first prompt, in words
 
-This file is the algorithm, from top to bottom:
-
-    1. what may change      core_experts: which entries of a pathway
-    2. what is minimised    NeighbourLoss: how badly a prompt's neighbours are answered along w
-    3. three surrogates     ngd, kernel_regression, mode_finding; or a function of your own
-    4. corrections          a fourth, not of the paper: no gradient for a prompt
-    5. remix                all of it together
-
-It stands on pathways/: `Tail` runs a model along a pathway, one token at a time; `critical_layers`
-says which rows may change; `ReferenceSet` keeps labelled prompts and their pathways;
-`find_neighbours` says which of them are like a prompt, and how much each counts.
+This file is the algorithm, from top to bottom: what may change (`core_experts`), what is minimised
+(`NeighbourLoss`), three ways to do it, and `remix`, which is all of it together. It stands on
+pathways/: `Tail` runs a model along a pathway, one token at a time; `critical_layers` says which
+rows may change; `ReferenceSet` keeps labelled prompts and their pathways; `find_neighbours` says
+which of them are like a prompt, and how much each counts.
 
 Letters in the shape comments, beside those of moe.py:
     n prompts    m references    k neighbours    R rows of a pathway, one for each critical router
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from lab.tools.checks import progress, require, torch_defaults
+from lab.tools.checks import annotated, progress, torch_defaults
 from lab.tools.configs import KERNELS, require_remixing
 from moe import unwrapped
-from pathways.checks import (
-    as_tuples,
-    require_gradient,
-    require_moved,
-    require_remixable,
-)
-from pathways.explain import explained
+from pathways import checks
+from pathways.explain import RemixResult
 from pathways.neighbours import TINY, Neighbours, find_neighbours, kernel
 from pathways.prompts import cross_entropy, padded, trimmed
 from pathways.references import ReferenceSet
@@ -96,16 +84,16 @@ class Core(NamedTuple):
         return torch.where(self.mask & (total > 0), inside, self.start)
 
 
-def core_experts(pathway, n_core: int | None = None) -> Core:
+@annotated
+def core_experts(pathway: torch.Tensor, n_core: int | None = None) -> Core:
     """The most probable experts of every row of a pathway (n, R, E), or all (section 3.5).
 
     >>> core = core_experts(torch.tensor([[[0.5, 0.1, 0.4]]]), 2)
     >>> core.rescale(torch.tensor([[[0.2, 0.6, 0.1]]]))
     tensor([[[0.6000, 0.1000, 0.3000]]])
     """
-    E = pathway.shape[-1]
-    n_core = n_core or E
-    require(n_core <= E, f"core is {n_core}, but there are {E} experts")
+    n_core = pathway.shape[-1] if n_core is None else n_core
+    checks.require_core(pathway, n_core)
     top = pathway.topk(n_core).indices  # (n, R, n_core)
     mask = torch.zeros_like(pathway, dtype=torch.bool).scatter(-1, top, True)
     mass = (pathway * mask).sum(-1, keepdim=True)
@@ -147,12 +135,17 @@ class NeighbourLoss:
 
     def history(self):
         """All losses so far, (n, calls)."""
-        nothing = self.weight[:, :0]  # (n, 0)
-        return torch.cat([nothing, *(value[:, None] for value in self.values)], 1)
+        columns = [value[:, None] for value in self.values]  # (n, 1) each
+        return torch.cat([self.weight[:, :0], *columns], 1)
 
 
 # ----------------------------------------------------------------------------- 3. three surrogates
 # Each is a function (core, loss, near, config) -> pathway (n, R, E); so is one of your own.
+
+
+def log(pathway):
+    """The logits of a pathway."""
+    return pathway.clamp(min=TINY).log()
 
 
 def ngd(core: Core, loss, near: Neighbours, config: RemixConfig):
@@ -223,90 +216,17 @@ def mode_finding(core: Core, loss, near: Neighbours, config: RemixConfig):
 SURROGATES = {f.__name__: f for f in (ngd, kernel_regression, mode_finding)}
 
 
-# ---------------------------------------------------------------------------------- 4. corrections
+# ---------------------------------------------------------------------------------------- 4. remix
 
 
-def corrections(
-    model,
-    references: ReferenceSet,
-    config: RemixConfig | None = None,
-    scale: float = 1.0,
-):
-    """Our own surrogate: what NGD changes on references is carried over to the prompts like them.
-
-        method = corrections(model, references)    # once; takes a while
-        result = remix(model, prompts, references, method=method)
-
-    Every reference is mended: NGD leads its own pathway towards its own label. In logits, a prompt
-    takes over the kernel mean of what was changed on its neighbours (compare section 3.2):
-
-        z  <-  z + scale sum_i K(x_i, x) (log mended_i - log own_i) / sum_i K(x_i, x)
-
-    References that the model gets wrong can help as well: set their `correct` to true.
-    The surrogate raises ValueError where it meets other references or layers.
-    """
-    config = config or RemixConfig()
-    own, mended = mend(model, references, config)
-    change = log(mended) - log(own)  # (m, R, E)
-
-    def corrected(core: Core, loss, near: Neighbours, config: RemixConfig):
-        require(
-            torch.equal(near.pathways, own),
-            "these corrections belong to other references or layers; make them anew",
-        )
-        mean = torch.einsum("nk,nkre->nre", near.weight, change[near.index])
-        return core.softmax(log(core.start) + scale * mean)
-
-    return corrected
-
-
-def mend(model, references: ReferenceSet, config: RemixConfig):
-    """NGD on each of m references, towards its own label -> pathways own and mended, (m, R, E)."""
-    require_gradient(model)
-    tail = Tail(model, critical_layers(model, config.layers), references.token)
-    own = tail.pathways(references).to(tail.device)
-    mended = []
-    with frozen(model), torch.no_grad():
-        for rows in torch.arange(len(own)).split(config.batch):
-            # Each is the one neighbour of itself.
-            near = Neighbours(rows[:, None], own.new_ones(len(rows), 1), None, own)
-            loss = NeighbourLoss(tail, near, references, config)
-            core = core_experts(own[rows], config.core)
-            with torch.enable_grad():
-                mended.append(ngd(core, loss, near, config))
-    return own, torch.cat(mended)
-
-
-def log(pathway):
-    """The logits of a pathway."""
-    return pathway.clamp(min=TINY).log()
-
-
-# ---------------------------------------------------------------------------------------- 5. remix
-
-
-class RemixResult(NamedTuple):
-    """What became of n prompts; all tensors are on the CPU."""
-
-    pathway_before: torch.Tensor  # (n, R, E) the model's own
-    pathway: torch.Tensor  # (n, R, E)
-    logits_before: torch.Tensor  # (n, V)
-    logits: torch.Tensor  # (n, V)
-    losses: torch.Tensor  # (n, calls) every loss that the surrogate asked for, in order
-    neighbours: Neighbours
-    prompts: list | None = None  # n lists of tokens
-    references: ReferenceSet | None = None
-
-    explain = explained  # (i, words) -> what became of prompt i, in words
-
-
+@annotated
 @torch_defaults()
 def remix(
     model,
-    prompts,
+    prompts: Iterable,
     references: ReferenceSet,
     config: RemixConfig | None = None,
-    allowed=None,
+    allowed: torch.Tensor | None = None,
     embeddings=None,
     neighbours: Neighbours | None = None,
     prefixes: list[Prefix] | None = None,
@@ -314,23 +234,24 @@ def remix(
 ) -> RemixResult:
     """Re-mix the experts for each of n prompts, a tensor (n, T) or lists, and let the model answer.
 
-    changes: to the config, such as k=5, or method=my_surrogate. neighbours, and a prefix for each
-    batch: if you have them already. allowed, embeddings: see `find_neighbours`. ValueError for what
-    does not fit together.
+    changes: to the config, such as k=5, or method=my_surrogate. allowed, embeddings: see
+    `find_neighbours`. neighbours, and a prefix for each batch: if you have them already.
+    ValueError for what does not fit together.
     """
     model = unwrapped(model)
     config = replace(config or RemixConfig(), **changes)
     surrogate = SURROGATES.get(config.method, config.method)
     tokens, lengths = padded(prompts, model.config.vocab_size)
-    require_remixable(model, references, tokens, lengths, config.loss)
+    checks.require_remixable(model, references, tokens, lengths, config.loss)
     if surrogate is ngd:
-        require_gradient(model)
+        checks.require_gradient(model)
     tail = Tail(model, critical_layers(model, config.layers), references.token)
     results = []
     with frozen(model), torch.no_grad():
-        neighbours = neighbours or find_neighbours(
-            tail, references, tokens, lengths, config, allowed, embeddings
-        )
+        if neighbours is None:
+            about = references, tokens, lengths, config, allowed, embeddings
+            neighbours = find_neighbours(tail, *about)
+        checks.require_neighbours(neighbours, tail, references, tokens, lengths)
         batches = torch.arange(len(tokens)).split(config.batch)
         for i, rows in enumerate(progress(batches, "re-mixing")):
             # The model's own pathways and answers.
@@ -342,9 +263,8 @@ def remix(
             loss = NeighbourLoss(tail, near, references, config)
             with torch.enable_grad():
                 w = surrogate(core, loss, near, config)
-            require_moved(w, own, config)
-            w = w.detach()
+            checks.require_moved(w, own, config)
             logits = tail(prefix, w)
-            results.append((own, w, logits_before, logits, loss.history()))
+            results.append((own, w.detach(), logits_before, logits, loss.history()))
     columns = [torch.cat(column).cpu() for column in zip(*results, strict=True)]
-    return RemixResult(*columns, neighbours, as_tuples(tokens, lengths), references)
+    return RemixResult(*columns, neighbours, references)

@@ -51,6 +51,7 @@ from IPython.display import display
 from data import Prompts, SkillsTask
 from lab.remixing.arena import Arena
 from lab.remixing.contest import compete, mistake_shares, pooled, subset_masks
+from lab.remixing.corrections import mend
 from lab.remixing.figures import methods_figure, pathway_figure, reach_figure
 from lab.remixing.knowledge import LEVELS, variances
 from lab.remixing.reach import measure_reach, reach_table, targets_of
@@ -60,7 +61,7 @@ from lab.tools import cli
 from lab.tools.settings import TrainConfig
 from moe import Imposed, MoEConfig, MoETransformer
 from pathways import Neighbours, ReferenceSet, Tail, critical_layers, padded
-from remix import RemixConfig, core_experts, kernel_regression, mend, mode_finding, ngd, remix
+from remix import RemixConfig, core_experts, kernel_regression, mode_finding, ngd, remix
 from train_toy import update
 
 torch.set_num_threads(1)
@@ -503,8 +504,8 @@ print(cli.table(lines, ["share of the variance", *LEVELS]))
 # nearly the same for either reading, and cannot carry what the prompt lacks. That is why mode
 # finding and kernel regression have nothing to gain here. In corrections the reading is the largest
 # share: an average of *those* can carry it, and needs no gradient for a new prompt
-# (`corrections` in [remix.py](../remix.py); docs/c3po.md has what it gains). Kernel regression can
-# work where natural pathways differ in what the prompt lacks.
+# ([`corrections`](../lab/remixing/corrections.py); docs/c3po.md has what they gain). Kernel
+# regression can work where natural pathways differ in what the prompt lacks.
 #
 # ## Does it really help? Look where
 #

@@ -1,6 +1,12 @@
-"""What became of a re-mixed prompt, in words."""
+"""What became of re-mixed prompts, in tensors and in words."""
+
+from typing import NamedTuple
+
+import torch
 
 from lab.tools.checks import require
+from pathways.neighbours import Neighbours
+from pathways.references import ReferenceSet
 
 BAR = 20  # letters of a bar of 100 %
 MOST = 3  # answers shown, before and after
@@ -17,8 +23,9 @@ def explained(result, i: int, words=numbers) -> str:
     words: a function from a list of tokens to text, such as a task's `words`. IndexError where
     there is no prompt i; ValueError where the result is not one of `remix`.
     """
-    require(result.references is not None, "only a result of `remix` knows its prompts")
-    lines = [words(result.prompts[i]), "", f"{'':14}{'before':26}after"]
+    known = result.references is not None and result.neighbours.prompts is not None
+    require(known, "only a result of `remix` knows its prompts")
+    lines = [words(result.neighbours.prompts[i]), "", f"{'':14}{'before':26}after"]
 
     # The most probable answers of either, as bars.
     before, after = (logits[i].softmax(-1) for logits in (result.logits_before, result.logits))
@@ -44,3 +51,17 @@ def explained(result, i: int, words=numbers) -> str:
 def bar(share) -> str:
     """A share as a bar and in percent."""
     return f"{'█' * round(BAR * float(share))} {share:.0%}"
+
+
+class RemixResult(NamedTuple):
+    """What became of n prompts; all tensors are on the CPU."""
+
+    pathway_before: torch.Tensor  # (n, R, E) the model's own
+    pathway: torch.Tensor  # (n, R, E)
+    logits_before: torch.Tensor  # (n, V)
+    logits: torch.Tensor  # (n, V)
+    losses: torch.Tensor  # (n, calls) every loss that the surrogate asked for, in order
+    neighbours: Neighbours
+    references: ReferenceSet | None = None
+
+    explain = explained  # (i, words) -> what became of prompt i, in words

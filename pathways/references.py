@@ -10,6 +10,7 @@ Letters in the shape comments:  m references    T tokens    E experts    R rows 
 import inspect
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +18,17 @@ from pathlib import Path
 import torch
 
 from lab.tools import processes
-from lab.tools.checks import progress, require, torch_defaults
+from lab.tools.checks import (
+    annotated,
+    as_integers,
+    progress,
+    require,
+    require_shape,
+    torch_defaults,
+)
 from lab.tools.files import digest, read_tensors, write_tensors
 from moe import named_tensors, unwrapped
-from pathways.checks import require_labels, require_references, require_routers
+from pathways.checks import as_floats, require_labels, require_one_length, require_references
 from pathways.prompts import best_token, by_length, padded, trimmed
 from pathways.tail import Prefix, Tail, frozen, joined_prefix
 
@@ -46,17 +54,18 @@ class ReferenceSet:
     kept: "Prefixes | None" = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
+    @annotated
     @torch_defaults()
     @torch.no_grad()
     def build(
         cls,
         model,
-        prompts,
+        prompts: Iterable,
         labels,
         options=None,
-        corpus=None,
+        corpus: Iterable | None = None,
         embeddings=None,
-        token="last",
+        token: str = "last",
         keep_in: Path | None = None,
     ) -> "ReferenceSet":
         """Run a model over reference prompts, a tensor (m, T) or lists, with labels (m,).
@@ -66,25 +75,22 @@ class ReferenceSet:
         routers, prompts of several lengths with token "all".
         """
         model = unwrapped(model)
+        tail = Tail(model, token=token)
         vocab_size = model.config.vocab_size
-        labels = torch.as_tensor(labels, dtype=torch.int64)
-        if options is not None:
-            options = torch.as_tensor(options)
-        if embeddings is not None:
-            embeddings = torch.as_tensor(embeddings)
-        require(
-            len(prompts) > 0,
-            "the reference set is empty; re-mixing needs labelled samples, hundreds or more",
-        )
         tokens, lengths = padded(prompts, vocab_size)
-        require_labels(tokens, lengths, labels, options, vocab_size, token)
-        require_routers(len(model.routers()))
+        labels = as_integers("labels", labels)
+        if options is not None:
+            options = as_integers("options", options)
+        if embeddings is not None:
+            embeddings = as_floats("embeddings", embeddings)
+            require_shape("embeddings", embeddings, (len(tokens), None))
+        require_labels(labels, options, len(tokens), vocab_size)
+        require_one_length(token, lengths, int(lengths[0]))
         corpus_tokens, corpus_lengths = None, None
         if corpus is not None:
             corpus_tokens, corpus_lengths = padded(corpus, vocab_size)
 
         # The model's own pathways and answers.
-        tail = Tail(model, token=token)
         with frozen(model):
             pathways, answers = read_all(tail, tokens, lengths, options, keep_in)
         pathways = pathways.unflatten(1, (-1, len(tail.routers)))  # (m, 1 or T, routers, E)
@@ -95,7 +101,7 @@ class ReferenceSet:
             answers == labels,
             pathways,
             fingerprint(model),
-            token,
+            tail.token,
             options,
             corpus_tokens,
             corpus_lengths,
@@ -119,14 +125,16 @@ class ReferenceSet:
         kept.max_bytes = max_memory * 1e6
         return kept
 
-    def save(self, path):
+    @annotated
+    def save(self, path: str | Path):
         """Write a safetensors file, whole or not at all. Prefixes are not saved: they are large."""
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         write_tensors(Path(path), tensors, {"model": self.model, "token": self.token})
 
     @classmethod
+    @annotated
     @torch_defaults()
-    def load(cls, path, model) -> "ReferenceSet":
+    def load(cls, path: str | Path, model) -> "ReferenceSet":
         """ValueError for a file that is missing, is no reference set, or is of another model."""
         tensors, about = read_tensors(Path(path), "reference set")
         try:

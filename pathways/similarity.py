@@ -13,7 +13,7 @@ Letters in the shape comments:  n prompts    m references    T tokens    X width
 import torch
 import torch.nn.functional as F
 
-from lab.tools.checks import require_finite, torch_defaults
+from lab.tools.checks import annotated, require_finite, torch_defaults
 from lab.tools.configs import EMBEDDINGS, TFIDF, one_of
 from pathways.checks import require_layer, require_own
 from pathways.prompts import portions
@@ -23,9 +23,10 @@ VOCABULARY = 2**20  # tokens and terms: larger than any vocabulary
 COPY = 0.95  # above this cosine two prompts are the same in other words
 
 
+@annotated
 @torch_defaults()
 @torch.no_grad()
-def similarity(name: str, tail: Tail, references, tokens, lengths, own=None):
+def similarity(name: str, tail: Tail | None, references, tokens, lengths, own=None):
     """The cosines (n, m) of prompts (n, T) and references, float64, by one of the embeddings.
 
     own: vectors (n, X) that go with references.embeddings. ValueError: no such embedding.
@@ -38,8 +39,8 @@ def similarity(name: str, tail: Tail, references, tokens, lengths, own=None):
             corpus = (references.corpus, references.corpus_lengths)
         return tfidf_cosine(kind, references, tokens, lengths, corpus)  # always finite
     if kind == "own":
-        require_own(own, references.embeddings, len(tokens))
-        prompts, others = torch.as_tensor(own), references.embeddings
+        prompts = require_own(own, references.embeddings, len(tokens))
+        others = references.embeddings
     elif kind == "hidden":
         require_layer(name, layer, len(tail.model.blocks))
         prompts = hidden(tail.model, int(layer), tokens, lengths)

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lab.tools.checks import evaluation
+from lab.tools.checks import annotated, evaluation
 from lab.tools.configs import one_of
 from moe import Cache, Imposed, Router, unwrapped
-from pathways.checks import TOKENS, require_layers
+from pathways.checks import TOKENS, require_blocks, require_layers, require_routers
 from pathways.prompts import MOST_TOKENS, by_length, trimmed
 
 
@@ -58,11 +58,14 @@ class Tail:
     token: where the pathway is imposed. The paper, and all but one ablation, takes the last token.
     """
 
+    @annotated
     def __init__(self, model, layers: list[int] | None = None, token: str = "last"):
-        token = one_of("token", token, TOKENS)
         model = unwrapped(model)
         if layers is None:
             layers = [i for i, block in enumerate(model.blocks) if routers_of(block)]
+            require_routers(len(layers))
+        require_blocks(layers, len(model.blocks))
+        token = one_of("token", token, TOKENS)
         self.model = model
         self.token = token
         self.first = min(layers)
@@ -199,6 +202,7 @@ class Tail:
         return rows.flatten(1, 2)
 
 
+@annotated
 def critical_layers(model, spec: str) -> list[int]:
     """The blocks whose routers are re-mixed (section 3.5), counted among those that have routers.
 
@@ -210,7 +214,7 @@ def critical_layers(model, spec: str) -> list[int]:
     >>> critical_layers(model, "last:2")
     [3, 5]
     """
-    blocks = [i for i, block in enumerate(model.blocks) if routers_of(block)]
+    blocks = [i for i, block in enumerate(unwrapped(model).blocks) if routers_of(block)]
     require_layers(spec, len(blocks))
     if spec == "all":
         return blocks

@@ -311,8 +311,8 @@ REFUSED = {  # message -> what is refused
     "no preset is called 'cartesain'; there are dense": lambda: preset("cartesain", TOY_SIZES),
     "k1 has -7.5% parameters": lambda: preset("cartesian_k1", replace(TOY_SIZES, n_experts=7)),
     "is impossible at n_experts 8": lambda: preset("cartesian", replace(TOY_SIZES, d_expert=1)),
-    "layer is 'product'; expected one of moe": lambda: ComposedConfig(layer="product"),
-    "router is 'random'; expected one of": lambda: ComposedConfig(router="random"),
+    "unknown layer 'product'": lambda: ComposedConfig(layer="product"),
+    "unknown router 'random'": lambda: ComposedConfig(router="random"),
     "top_p is 1.5; it must be at most 1": lambda: ComposedConfig(top_p=1.5),
     "router none needs a shared expert": lambda: ComposedConfig(router="none"),
     "SigmoidRouter cannot take the place of router 'hash'": lambda: build_model(

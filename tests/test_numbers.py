@@ -14,7 +14,7 @@ from by_hand import full, references_of, specialisation_of, tiny
 import eval as eval_py
 import hf
 import train_toy
-from data import passes, perplexity
+from data import SkillsTask, passes, perplexity
 from lab.checkpoints.answers import Answers
 from lab.checkpoints.choice import ChoiceConfig, Prompt, log_likelihoods
 from lab.composing.compare import append_line
@@ -220,6 +220,7 @@ COMMANDS.append(["remix", "--most", "2", "--k", "1", "--methods", "NGD,oracle,ro
 @pytest.mark.parametrize("run", full(*RUNS))
 def test_small_models(run, call, monkeypatch):
     """The commands write numbers about models of the least sizes, or say what is missing."""
+    monkeypatch.setattr(SkillsTask, "N", 4)  # numbers, of 16: it is quick
     monkeypatch.setitem(METHODS["router tuning"].tuned, "skills", {"lr": 1e-2, "steps": 5})
     sizes = f"--d-model 16 --n-layers 2 --steps 30 --no-taste {RUNS[run]}"
     assert call(train_toy, f"{sizes} --out run") == 0

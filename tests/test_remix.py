@@ -21,6 +21,7 @@ from by_hand import (
     tiny,
 )
 
+from lab.remixing.corrections import corrections, mend
 from moe import look_back
 from pathways import (
     Prefixes,
@@ -34,7 +35,7 @@ from pathways import (
     padded,
     similarity,
 )
-from remix import RemixConfig, corrections, mend, ngd, remix
+from remix import RemixConfig, ngd, remix
 
 methods = pytest.mark.parametrize("method", ["ngd", "kernel_regression", "mode_finding"])
 
@@ -554,8 +555,6 @@ def test_references_come_back_from_their_file(tmp_path):
 
 SETTINGS = {
     "k is 10, but there are 9 usable references": {"k": 10},
-    "alpha is 1.5; it must be at most 1": {"alpha": 1.5},
-    "core is 0; it must be at least 1, or none": {"core": 0},
     "core is 7, but there are 6 experts": {"core": 7},
     "'kernel_regresion'; did you mean kernel_regression?": {"method": "kernel_regresion"},
     "'hidden:3'; expected hidden:0 to hidden:2": {"embedding": "hidden:3"},
@@ -563,7 +562,6 @@ SETTINGS = {
     "unknown critical layers 'top:2'; expected all, last:2": {"layers": "top:2"},
     "numbers from 0 to 2": {"layers": "0,3"},
     "needs the options of the references": {"loss": "options"},
-    "allowed has shape (5, 11); expected (5, 12)": {"allowed": torch.ones(5, 11) > 0},
 }
 LABELS = torch.arange(5)
 NONE = torch.zeros(12, dtype=torch.bool)
@@ -572,21 +570,15 @@ CALLS = {  # message -> what is asked of a model m, prompts p and references r
     "none of the 12 references right": lambda m, p, r: remix(m, p, replace(r, correct=NONE)),
     "1 of 6 prompts are references too": lambda m, p, r: remix(m, [*p, prompts_of(r)[1]], r),
     "none empty; found 2 prompts": lambda m, p, r: remix(m, [[1], []], r),
-    "tokens go from 1 to 11; the vocabulary": lambda m, p, r: remix(m, [[1, V]], r),
-    "re-mixing needs references": lambda m, p, r: remix(m, p, None),
     "no such reference set: nowhere": lambda m, p, r: ReferenceSet.load("nowhere", m),
     "it is dense, or routes by hash": lambda m, p, r: critical_layers(dense(), "all"),
     "nothing to re-mix": lambda m, p, r: ReferenceSet.build(dense(), [[1]], [1]),
-    "labels go from 0 to 11": lambda m, p, r: ReferenceSet.build(m, [[1], [2]], [0, V]),
     "2 references have 1 labels": lambda m, p, r: ReferenceSet.build(m, [[1], [2]], [0]),
-    "options have shape (2,)": lambda m, p, r: ReferenceSet.build(m, [[1]], [1], [1, 2]),
     "not among its options": lambda m, p, r: ReferenceSet.build(m, [[1]], [1], [[2, 3]]),
-    "own embeddings are (5, 3); expected (5, 2)": lambda m, p, r: remix(
-        m,
-        p,
-        replace(r, embeddings=torch.zeros(12, 2)),
-        embedding="own",
-        embeddings=torch.zeros(5, 3),
+    "config is 'ngd'; expected a RemixConfig": lambda m, p, r: remix(m, p, r, "ngd"),
+    "of one prompt make a list": lambda m, p, r: remix(m, [1, 2, 3], r),
+    "neighbours are of other prompts": lambda m, p, r: remix(
+        m, p, r, neighbours=remix(m, p[::-1], r, steps=0).neighbours
     ),
     "these have 1 to 5": lambda m, p, r: remix(m, p, replace(r, token="all")),
     "one length, here 1 tokens": lambda m, p, r: ReferenceSet.build(m, p, LABELS, token="all"),

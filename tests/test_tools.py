@@ -81,7 +81,7 @@ MISTAKES = {  # command line -> exit code, what is said
     "train_toy --preset smoe_top3 --d-model 16": (2, "fine_grained at n_experts 15, d_expert 64"),
     "train_toy --data text": (2, "needs --data-file"),
     "train_toy --router nowhere:Mine": (1, "nowhere cannot be imported"),
-    "eval": (2, "expected a command: perplexity, routing, sample, cloze"),
+    "eval": (2, "expected a command (there are: perplexity, routing, sample"),
     "eval routing --spilt test": (2, "unknown flag --spilt; did you mean --split?"),
     "eval remix --methods NDG": (2, "unknown method 'NDG'; did you mean NGD?"),
     "eval perplexity": (1, "no run in out/: train one with python train_toy.py"),

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data import Prompts, SkillsTask
 from lab.remixing.arena import Arena, arena_of
+from lab.remixing.corrections import mend
 from lab.remixing.methods import tuned_settings
 from lab.remixing.reach import measure_reach, reach_table, targets_of
 from lab.tools.files import as_json, write
@@ -32,7 +33,6 @@ from lab.tools.statistics import mean_interval, with_interval
 from moe import require
 from pathways import frozen
 from pathways.prompts import trimmed
-from remix import mend
 
 LEVELS = ("cue", "operands", "reading", "dialect")
 ANSWERS = ("right", "the other reading's", "neither")

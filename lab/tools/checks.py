@@ -4,17 +4,19 @@ Every check raises ValueError, in one line that says what was wrong and what is 
 here, so that none stands between a reader and an algorithm.
 """
 
+import inspect
 import math
 import numbers
 import os
 import sys
+import typing
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 
 import torch
 from tqdm import tqdm
 
-from lab.tools.configs import require
+from lab.tools.configs import fits, require, require_kind, shown
 
 IGNORE = -100  # a target without loss
 
@@ -30,33 +32,80 @@ def eager(check):
     return checked
 
 
+def annotated(function):
+    """Its arguments are what its annotations say, or ValueError names one that is not."""
+    names = list(inspect.signature(function).parameters)
+    hints = {}  # filled at the first call: an annotation may name a class that stands below
+
+    @wraps(function)
+    def called(*arguments, **options):
+        if torch.compiler.is_compiling():
+            return function(*arguments, **options)
+        if not hints:
+            hints.update({"return": None} | typing.get_type_hints(function))
+        for name, value in (*zip(names, arguments, strict=False), *options.items()):
+            if name in hints and not fits(value, hints[name]):
+                require_kind(name, value, hints[name])
+        return function(*arguments, **options)
+
+    return called
+
+
 # ------------------------------------------------------------------------------------------ tensors
+
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def require_integers(what: str, tensor):
     """A tensor of integers."""
+    known = torch.is_tensor(tensor) and tensor.dtype in INTEGERS
     kind = getattr(tensor, "dtype", type(tensor).__name__)
-    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    require(kind in integers, f"{what} are {kind}; expected a tensor of integers, such as int64")
+    require(known, f"{what} are {kind}; expected a tensor of integers, such as int64")
+
+
+def as_integers(what: str, values, device="cpu"):
+    """Integers, in lists or in a tensor -> a tensor int64. ValueError for anything else."""
+    values = as_tensor(what, values, device)
+    if values.numel() > 0:
+        require_integers(what, values)
+    return values.long()
+
+
+def as_tensor(what: str, values, device="cpu"):
+    """Values, in lists or in a tensor -> a tensor. ValueError for anything else."""
+    try:
+        return torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError):  # of torch, which has one for each mistake
+        raise ValueError(f"{what} are {shown(values)}; expected a tensor, or lists alike") from None
+
+
+def all_finite(tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    low, high = tensor.detach().aminmax()
+    return math.isfinite(low) and math.isfinite(high)
 
 
 @eager
 def require_finite(what: str, tensor, reason: str):
     """A tensor without NaN and infinities."""
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return
-    low, high = tensor.detach().aminmax()
-    if math.isfinite(low) and math.isfinite(high):
-        return
-    place = (~tensor.isfinite()).nonzero()[0].tolist()
-    raise ValueError(f"{what} {tuple(tensor.shape)} are not finite, first at {place}: {reason}")
+    if not all_finite(tensor):
+        place = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{what} {tuple(tensor.shape)} are not finite, first at {place}: {reason}")
 
 
 def require_shape(what: str, tensor, *shapes: tuple):
-    """A tensor of one of these shapes."""
-    shape = tuple(tensor.shape)
-    expected = " or ".join(str(each) for each in shapes)
-    require(shape in shapes, f"the shape of {what} is {shape}; expected {expected}")
+    """A tensor of one of these shapes, in which None is any size."""
+    found = tuple(tensor.shape) if torch.is_tensor(tensor) else ()
+    for shape in shapes:
+        pairs = zip(found, shape, strict=False)
+        if len(found) == len(shape) and all(size in (own, None) for own, size in pairs):
+            return
+    expected = " or ".join(str(shape).replace("None", "any") for shape in shapes)
+    found = found if torch.is_tensor(tensor) else type(tensor).__name__
+    raise ValueError(f"the shape of {what} is {found}; expected {expected}")
 
 
 def require_mask(what: str, mask, shape: tuple):
@@ -71,11 +120,11 @@ def require_mask(what: str, mask, shape: tuple):
 def require_in_vocabulary(what: str, tokens, vocab_size: int):
     """Integers that are tokens of the vocabulary."""
     require_integers(what, tokens)
+    if tokens.numel() == 0:
+        return
     low, high = (int(each) for each in tokens.aminmax())
-    require(
-        0 <= low <= high < vocab_size,
-        f"{what} go from {low} to {high}; the vocabulary goes from 0 to {vocab_size - 1}",
-    )
+    known = f"the vocabulary goes from 0 to {vocab_size - 1}"
+    require(0 <= low <= high < vocab_size, f"{what} go from {low} to {high}; {known}")
 
 
 # ---------------------------------------------------------------------------- what a model is given
@@ -86,10 +135,8 @@ def require_tokens(tokens, vocab_size: int):
     """Tokens (B, T), not empty, of the vocabulary."""
     require_integers("tokens", tokens)
     shape = tuple(tokens.shape)
-    require(
-        len(shape) == 2 and tokens.numel() > 0,
-        f"tokens have shape {shape}; expected (B, T), not empty",
-    )
+    right = len(shape) == 2 and tokens.numel() > 0
+    require(right, f"tokens have shape {shape}; expected (B, T), not empty")
     require_in_vocabulary("tokens", tokens, vocab_size)
 
 
@@ -112,8 +159,8 @@ def require_inputs(tokens, targets, valid, vocab_size: int):
 def require_stream(x, valid, cache, d_model: int):
     """A residual stream x (B, T, D), padded on the right, and a cache of as many sequences."""
     shape = tuple(x.shape)
-    fits = len(shape) == 3 and shape[2] == d_model and x.is_floating_point() and x.numel() > 0
-    require(fits, f"x is {x.dtype} of shape {shape}; expected (B, T, {d_model}), not empty")
+    right = len(shape) == 3 and shape[2] == d_model and x.is_floating_point() and x.numel() > 0
+    require(right, f"x is {shown(x)}; expected (B, T, {d_model}), not empty")
     if valid is not None:
         require_mask("valid", valid, shape[:2])
         falling = bool((valid[:, 1:] <= valid[:, :-1]).all())
@@ -124,19 +171,21 @@ def require_stream(x, valid, cache, d_model: int):
 
 
 @eager
-def require_attention(q, k):
-    """Queries and keys from which attention can be computed."""
-    numbers = torch.cat([q.flatten(), k.flatten()])
-    require_finite("queries and keys", numbers, f"the model overflows in {q.dtype}, or is damaged")
+def require_logits(logits, model):
+    """Logits without NaN and infinities; else a weight that has some is named, if there is one."""
+    if not all_finite(logits):
+        reason = f"this model overflows in {model.embedding.weight.dtype}, or is damaged"
+        for name, weight in model.named_parameters():
+            require_finite(name, weight, reason)
+        require_finite("logits", logits, reason)
 
 
 @eager
 def require_context(position, context: int):
     """Tokens within the context."""
     longest = int(position.max()) + 1
-    require(
-        longest <= context, f"a sequence of {longest} tokens is longer than the context, {context}"
-    )
+    fault = f"a sequence of {longest} tokens is longer than the context"
+    require(longest <= context, f"{fault}, {context}")
 
 
 @eager
@@ -146,33 +195,24 @@ def require_pathway(rows: dict, at, shape: tuple, n_experts: int, n_routers: int
     require_mask("imposed.at", at, (B, T))
     expected = f"{(B, n_experts)} or {(B, T, n_experts)} for one of {n_routers} routers"
     for index, row in rows.items():
-        fits = row.shape in ((B, n_experts), (B, T, n_experts)) and row.is_floating_point()
-        require(
-            fits and index in range(n_routers),
-            f"a pathway of shape {tuple(row.shape)} for router {index!r}; expected {expected}",
-        )
+        shapes = ((B, n_experts), (B, T, n_experts))
+        right = torch.is_tensor(row) and row.shape in shapes and row.is_floating_point()
+        known = isinstance(index, numbers.Integral) and index in range(n_routers)
+        found = f"a pathway {shown(row)} for router {shown(index)}"
+        require(right and known, f"{found}; expected {expected}")
 
 
-def require_generation(tokens, valid, n_tokens, temperature, stop, config):
+def require_generation(tokens, valid, n_tokens: int, temperature: float, config):
     """What `generate` is given: prompts with room for n_tokens new tokens within the context."""
     require_tokens(tokens, config.vocab_size)
     require_inputs(tokens, None, valid, config.vocab_size)
-    count = isinstance(n_tokens, numbers.Integral) and n_tokens >= 1
-    require(count, f"n_tokens is {n_tokens}; it must be at least 1")
+    require(n_tokens >= 1, f"n_tokens is {n_tokens}; it must be at least 1")
     longest = tokens.shape[1] if valid is None else int(valid.sum(-1).max())
     need = longest + n_tokens
-    require(
-        need <= config.context,
-        f"prompt and {n_tokens} new tokens are {need} tokens; the context is {config.context}",
-    )
-    require(
-        isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf,
-        f"temperature is {temperature}; expected 0 (the most probable token) or a number above 0",
-    )
-    if stop is not None:
-        kind = torch.as_tensor(stop).dtype
-        fits = kind in (torch.int64, torch.int32) or torch.as_tensor(stop).numel() == 0
-        require(fits, f"stop is {stop!r:.60}; expected a token, or several")
+    found = f"prompt and {n_tokens} new tokens are {need} tokens"
+    require(need <= config.context, f"{found}; the context is {config.context}")
+    expected = "0 (the most probable token) or a number above 0"
+    require(temperature >= 0, f"temperature is {temperature}; expected {expected}")
 
 
 # ---------------------------------------------------------------------------- the program around us

@@ -8,6 +8,8 @@ import ast
 import difflib
 import math
 import numbers
+import sys
+import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -89,15 +91,13 @@ class TrainConfig:
         for name, value in vars(self).items():
             require(value != "", f"{name} is empty; leave it out, or give it a value")
         require(self.threads <= 1024, f"threads is {self.threads}; expected at most 1024")
-        for name in ("steps", "batch", "seeds", "eval_every"):
-            value = getattr(self, name)
-            require(value >= 1, f"{name} is {value}; it must be at least 1")
+        require_least(self, steps=1, batch=1, seeds=1, eval_every=1)
+        require_least(self, seed=0, warmup=0, threads=0, weight_decay=0, balance=0, z=0, final_lr=0)
+        last = self.seed + self.seeds - 1
+        require(last < 2**63, f"the last of {self.seeds} seeds is {last}; expected below 2**63")
         for name in ("lr", "clip"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} is {value}; it must be greater than 0")
-        for name in ("seed", "warmup", "threads", "weight_decay", "balance", "z", "final_lr"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name} is {value}; it must be at least 0")
         has_twin = self.twin or self.model == "dense"
         hint = "compare it with --preset dense"
         require(not (self.preset and has_twin), f"a preset has no dense twin: {hint}")
@@ -134,18 +134,14 @@ class ChoiceConfig:
             self.model is not None,
             "--model is missing: the folder of a checkpoint, or owner/name on the hub",
         )
-        require(self.shots >= 0, f"shots is {self.shots}; it must be at least 0")
-        for name in ("threads", "limit", "reference_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
+        require_least(self, shots=0, threads=1, limit=1, reference_limit=1)
         require(
             self.form == "letters" or not self.references,
             "C3PO re-mixes the token before a letter; a later token of the text looks back at the "
             "re-mixed one, so that one token is not exact there",
         )
         self.methods()
-        for name, _ in self.reference_sources():
-            one_of("benchmark", name, BENCHMARK_NAMES)
+        self.reference_sources()
 
     def methods(self) -> list[str]:
         """The methods that are named."""
@@ -156,7 +152,7 @@ class ChoiceConfig:
         """The benchmarks that references come from, each with its file."""
         if not self.references:
             return []
-        names = self.references.split(",")
+        names = [one_of("benchmark", name, BENCHMARK_NAMES) for name in self.references.split(",")]
         files = [None] * len(names)
         if self.reference_files:
             files = self.reference_files.split(",")
@@ -218,6 +214,10 @@ class RehearsalConfig:
 
 # ------------------------------------------------------------------------------------------- checks
 
+LARGEST = sys.float_info.max
+WORDS = {int: "an int below 2**63", float: "a finite float", tuple: "some integers"}
+WORDS |= {Callable: "a function", types.NoneType: "None"}
+
 
 def require(condition: bool, message: str):
     """Raise ValueError(message) unless the condition holds."""
@@ -225,39 +225,77 @@ def require(condition: bool, message: str):
         raise ValueError(message)
 
 
+def shown(value) -> str:
+    """A value in a message: short, and in one line."""
+    if hasattr(value, "dtype"):
+        return f"{type(value).__name__} {value.dtype} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def fits(value, hint) -> bool:
+    """Whether a value is what an annotation says. Integers below 2**63, floats finite."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        return any(fits(value, each) for each in inner)
+    if kind is typing.Literal:
+        return value in inner
+    if kind is tuple:
+        return isinstance(value, Iterable) and all(fits(each, inner[0]) for each in value)
+    if kind in (int, float):
+        number, limit = (numbers.Integral, 2**63 - 1) if kind is int else (numbers.Real, LARGEST)
+        return isinstance(value, number) and not isinstance(value, bool) and abs(value) <= limit
+    return callable(value) if kind is Callable else isinstance(value, kind)
+
+
+def spelled(hint) -> str:
+    """An annotation in words."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (types.UnionType, typing.Union):
+        return " or ".join(spelled(each) for each in inner)
+    return WORDS.get(kind) or f"a {kind.__name__}"
+
+
+def require_kind(name: str, value, hint):
+    """A value is what an annotation says -> the value; a number as Python's own, a name as known.
+
+    ValueError says what was found, and what is expected.
+    """
+    if typing.get_origin(hint) is typing.Literal:
+        return one_of(name, value, typing.get_args(hint))
+    require(fits(value, hint), f"{name} is {shown(value)}; expected {spelled(hint)}")
+    for kind in (hint, *typing.get_args(hint)):
+        if kind in (int, float) and isinstance(value, numbers.Real):
+            return kind(value)
+    return value
+
+
 def require_kinds(config):
-    """The fields of a dataclass hold what their annotations say; numbers become Python's own."""
+    """The fields of a dataclass hold what their annotations say."""
     for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        optional = type(None) in typing.get_args(hint)  # such as `int | None`
-        kind = typing.get_args(hint)[0] if optional else hint
-        names = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        kinds, value = typing.get_args(hint), getattr(config, name)
+        optional = types.NoneType in kinds  # such as `int | None`
         if optional and value is None:
             continue
-        if names:
-            expected = ", ".join(names)
-            known = isinstance(value, str) and value in names
-            require(known, f"{name} is {value!r:.60}; expected one of {expected}")
-        if kind not in (bool, int, float, str):
-            continue
-        fits, expected = isinstance(value, kind), f"a {kind.__name__}"
-        if kind in (int, float):
-            number = numbers.Integral if kind is int else numbers.Real
-            fits = isinstance(value, number) and not isinstance(value, bool)
-            fits = fits and abs(value) < (2**63 if kind is int else math.inf)
-            expected = "an int below 2**63" if kind is int else "a finite float"
-        require(fits, f"{name} is {value!r:.60}; expected {expected}")
-        setattr(config, name, kind(value))
+        kind = kinds[0] if optional else hint
+        setattr(config, name, require_kind(name, value, kind))
+
+
+def require_least(config, **least):
+    """Fields that are at least so much, or None."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        require(value is None or value >= low, f"{name} is {value}; it must be at least {low}")
 
 
 def require_sizes(config):
     """The sizes of a model (MoEConfig): of the right kind, and fitting together."""
     require_kinds(config)
+    require_least(config, d_shared=0, dropout=0)
     for name, value in vars(config).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            least = name in ("d_shared", "dropout")
-            bound = "at least 0" if least else "greater than 0"
-            require(value > 0 or (least and value == 0), f"{name} is {value}; it must be {bound}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and name not in ("d_shared", "dropout"):
+            require(value > 0, f"{name} is {value}; it must be greater than 0")
     require(config.dropout < 1, f"dropout is {config.dropout}; it must be below 1")
 
     # Attention.
@@ -276,30 +314,20 @@ def require_sizes(config):
         config.top_k <= config.n_experts,
         f"top_k {config.top_k} is more than the {config.n_experts} experts there are",
     )
-    dense, last = config.dense_layers, config.n_layers - 1
-    require(isinstance(dense, Iterable), f"dense_layers is {dense!r:.60}; expected some integers")
-    outside = [layer for layer in dense if layer not in range(config.n_layers)]
+    outside = [layer for layer in config.dense_layers if layer not in range(config.n_layers)]
+    last = config.n_layers - 1
     require(not outside, f"dense_layers names {outside!s:.60}; the layers are 0 to {last}")
 
 
 def require_remixing(config):
     """The values of a RemixConfig."""
+    require_kinds(config)
     if not callable(config.method):
         config.method = one_of("method", config.method, SURROGATE_NAMES)
-    config.kernel = one_of("kernel", config.kernel, KERNELS)
-    config.loss = one_of("loss", config.loss, ("vocabulary", "options"))
-    kind, colon, layer = str(config.embedding).partition(":")
+    kind, colon, layer = config.embedding.partition(":")
     config.embedding = one_of("embedding", kind, EMBEDDINGS) + colon + layer
-    require_kinds(config)
-    least = {"k": 1, "batch": 1, "steps": 0, "lr": 0, "alpha": 0, "max_memory": 0}
-    for name, low in least.items():
-        value = getattr(config, name)
-        require(value >= low, f"{name} is {value}; it must be at least {low}")
+    require_least(config, k=1, batch=1, core=1, steps=0, lr=0, alpha=0, max_memory=0)
     require(config.alpha <= 1, f"alpha is {config.alpha}; it must be at most 1")
-    require(
-        config.core is None or config.core >= 1,
-        f"core is {config.core}; it must be at least 1, or none",
-    )
 
 
 def one_of(what: str, name: str, known) -> str:
@@ -313,7 +341,8 @@ def one_of(what: str, name: str, known) -> str:
     named = {plain(option): option for option in known}
     if plain(name) not in named:
         names = ", ".join(known)
-        raise ValueError(f"unknown {what} {name!r}{did_you_mean(name, known)} (there are: {names})")
+        hint = did_you_mean(name, known)
+        raise ValueError(f"unknown {what} {shown(name)}{hint} (there are: {names})")
     return named[plain(name)]
 
 

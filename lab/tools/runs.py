@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lab.composing.presets import build_model, config_class
-from lab.tools.checks import torch_defaults, undisturbed
+from lab.tools.checks import annotated, torch_defaults, undisturbed
 from lab.tools.cli import command, did_you_mean, note
 from lab.tools.files import (
     as_json,
@@ -90,6 +90,7 @@ def weights_of(state: dict) -> dict:
 # ---- opening
 
 
+@annotated
 @undisturbed()
 def load_run(folder: Path | str, router: type | None = None):
     """Open a run -> its model in evaluation mode, and the settings of its training.

@@ -276,7 +276,7 @@ def remix_command(values: dict) -> int:
 
 def method_names(text: str | None) -> list[str]:
     """The methods that --methods names, or all. Usage where there is no such method."""
-    if not text:
+    if text is None:
         return list(METHODS)
     try:
         return [one_of("method", name, METHODS) for name in text.split(",")]

@@ -199,9 +199,19 @@ def require_enough(correct, allowed, n: int, k: int):
 def require_neighbours(near, tail, references, tokens, lengths):
     """Neighbours of these prompts, among these references, in the layers of this tail."""
     prompts = as_tuples(tokens, lengths)
-    ours = near.prompts in (None, prompts) and len(near.index) == len(prompts)
-    require(ours, "these neighbours are of other prompts: leave them out, or find them anew")
+    require(
+        near.prompts in (None, prompts), "these neighbours are of other prompts: find them anew"
+    )
     own = tail.pathways(references)
+    n, m = len(prompts), len(own)
+    require_integers("the neighbours' index", near.index)
+    require_shape("the neighbours' index", near.index, (n, None))
+    require_shape("the neighbours' weight", near.weight, tuple(near.index.shape))
+    require_mask("the neighbours' usable", near.usable, (n, m))
+    known = bool(((near.index >= 0) & (near.index < m)).all())
+    require(known, f"the neighbours' index names others than the {m} references")
+    require_finite("the neighbours' weight", near.weight, "find them anew")
+    require(near.weight.is_floating_point(), f"the neighbours' weight is {near.weight.dtype}")
     require_shape("the neighbours' pathways", near.pathways, tuple(own.shape))
     same = near.pathways.dtype == own.dtype and torch.equal(near.pathways, own)
     require(same, "these neighbours are of other references or layers: find them anew")

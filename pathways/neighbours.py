@@ -31,7 +31,7 @@ class Neighbours(NamedTuple):
         """The neighbours of some of the prompts, on a device."""
         pathways = self.pathways.to(device)
         index, weight, usable = (column[rows].to(device) for column in self[:3])
-        return Neighbours(index, weight.to(pathways), usable, pathways)
+        return Neighbours(index.long(), weight.to(pathways), usable.bool(), pathways)
 
 
 @annotated

@@ -98,7 +98,7 @@ DOORS = {
     ),
     "own embeddings": (with_own, {"embeddings": torch.randn(2, 2)}),
     "surrogate": (given_by_surrogate, {"w": OWN}),
-    "neighbours": (with_neighbours, {"prompts": NEAR.prompts, "pathways": NEAR.pathways}),
+    "neighbours": (with_neighbours, NEAR._asdict()),
     "references": (
         with_references,
         {

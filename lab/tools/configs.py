@@ -11,7 +11,7 @@ import numbers
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -241,7 +241,7 @@ def fits(value, hint) -> bool:
     if kind is typing.Literal:
         return value in inner
     if kind is tuple:
-        return isinstance(value, Iterable) and all(fits(each, inner[0]) for each in value)
+        return isinstance(value, Sequence) and all(fits(each, inner[0]) for each in value)
     if kind in (int, float):
         number, limit = (numbers.Integral, 2**63 - 1) if kind is int else (numbers.Real, LARGEST)
         return isinstance(value, number) and not isinstance(value, bool) and abs(value) <= limit

@@ -44,7 +44,7 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     "lab/checkpoints": EXPERIMENTS | {"lab.remixing", "lab.checkpoints"},
     "lab/checkpoints/untrusted.py": {"lab.tools.checks", "lab.tools.files"},
     "lab/checkpoints/families.py": {"moe", "lab.tools.checks", "lab.tools.cli"},
-    "lab/checkpoints/tokenizer.py": {"lab.tools.checks", "lab.tools.cli"}
+    "lab/checkpoints/tokenizer.py": {"lab.tools.checks", "lab.tools.cli", "lab.tools.files"}
     | {"lab.checkpoints.untrusted"},
     "lab/playground": EXPERIMENTS | {"lab.remixing", "lab.composing.presets", "lab.playground"},
     "lab/speed": EXPERIMENTS | {"lab.remixing", "lab.composing", "lab.speed"},

@@ -6,6 +6,7 @@ from pathlib import Path
 from lab.checkpoints.untrusted import INSTALL, one_line, read_object
 from lab.tools.checks import require
 from lab.tools.cli import note
+from lab.tools.files import as_json
 
 
 def read_tokenizer(folder: Path, vocab_size: int):
@@ -84,7 +85,7 @@ def within_vocabulary(tokenizer, vocab_size: int, padding: str | None, path: Pat
         content["model"]["vocab"] = {t: i for t, i in entries.items() if i < vocab_size}
     else:  # each with its score
         content["model"]["vocab"] = entries[:vocab_size]
-    return type(tokenizer).from_str(json.dumps(content))
+    return type(tokenizer).from_str(as_json(content))
 
 
 def around_texts(tokenizer) -> tuple[list[int], list[int]]:

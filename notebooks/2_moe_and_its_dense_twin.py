@@ -134,8 +134,8 @@ print(cli.table(rows, ["test", *keys]))
 # **The MoE has no lead here.** The twin learns faster, its loss after these 300 steps is lower, and
 # the accuracies are close. That is one seed. In the three that we tried, the test loss was 1.23,
 # 1.11 and 0.99 for the MoE, and 1.12, 0.93 and 0.86 for the twin. With four layers and 500 steps
-# (`python train_toy.py --seeds 3 --twin`, some minutes) they could not be told apart: 73.1 % and
-# 72.7 % of the test prompts right, a difference of 0.4 points with a 95 % interval of -2.4 to 3.1.
+# (`python train_toy.py --seeds 3 --twin`, some minutes) the difference is inconclusive: 73.1 % and
+# 72.7 % of the test prompts right, 0.4 points apart, with a 95 % interval of -2.4 to 3.1.
 # On stories, the same comparison has the MoE ahead on every seed (docs/text.md). Why not here?
 #
 # - *The weights are small.* Notebook 1 showed that raw weights make the layer say little at first.

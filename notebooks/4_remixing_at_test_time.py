@@ -470,7 +470,7 @@ reach_figure(reached, "Where ten steps lead: to right labels and to wrong ones")
 
 # %% [markdown]
 # What counts is the prior, not whether the label is right. Above some 5 % the steps get nearly
-# anywhere, below 0.1 % hardly anywhere, and the two curves cannot be told apart: right labels are
+# anywhere, below 0.1 % hardly anywhere, and the two curves lie close together: right labels are
 # reached more often all in all only because they were more probable to begin with. (A null of
 # *random* wrong labels would have hidden that: most of them have a prior below 0.1 %.) Eight seeds
 # in docs/c3po.md say so, but for about one point.
@@ -547,11 +547,11 @@ print(f"in all, NGD gains {ngd_row['gain']:+.1%}; 95 % interval {interval}")
 #
 # - NGD gains clearly over the model as it is, over random neighbours and over kernel regression, on
 #   ambiguous cues;
-# - mode finding and kernel regression gain nothing that can be told from zero: natural pathways do
-#   not carry the reading;
+# - whether mode finding and kernel regression gain is inconclusive: natural pathways do not carry
+#   the reading;
 # - clear cues lose a little: the neighbours of an easy prompt have little to teach, and may
 #   unsettle it;
-# - where no neighbour has the label, whether NGD helps cannot be told;
+# - where no neighbour has the label, NGD's gain is inconclusive;
 # - **soft prompts and prefix tuning are ahead of NGD**, fitted to the same neighbours, though they
 #   cost more. Here one fact is missing, the dialect, and a prefix can tell it to all layers at all
 #   tokens.

@@ -206,16 +206,17 @@ def append_line(path: str, line: dict):
 # ---- the results file
 
 
-def read_runs(path: str) -> list[dict]:
+def read_runs(path: str, form: dict = RUN_FORM) -> list[dict]:
     """The lines of a results file, none if there is no such file.
 
-    ValueError for a line that is no run, such as one that was cut off.
+    form: what each says, see `parse_json`. ValueError for a line that is no run, such as one that
+    was cut off.
     """
     if not Path(path).exists():
         return []
     lines = []
     for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        lines.append(parse_json(text, RUN_FORM, f"{path}: line {number}"))
+        lines.append(parse_json(text, form, f"{path}: line {number}"))
     return lines
 
 

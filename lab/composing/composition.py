@@ -14,7 +14,6 @@ from lab.tools import cli, flags
 if __name__ == "__main__":
     cli.read_first(flags.composition, __doc__)
 
-import json
 import math
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from data import load_task, passes
-from lab.composing.compare import append_line, sizes_and_scores, train_in
+from lab.composing.compare import append_line, read_runs, sizes_and_scores, train_in
 from lab.composing.composition_rows import (
     LIKE,
     TUNED,
@@ -40,6 +39,10 @@ from lab.tools.configs import CompositionConfig
 from lab.tools.files import as_json
 from moe import require
 
+# What the results file says of a run, among others.
+COMPOSITION_FORM = {"group": str, "preset": str, "changes": {}, "seed": int}
+COMPOSITION_FORM |= {"total": int, "test": {"accuracy": float}}
+
 
 def main(argv=None) -> int:
     """Execute a sub-command -> the exit code."""
@@ -52,7 +55,7 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)
     if command == "train":
         return train_groups(groups, files)
-    lines = read_lines(files.results)
+    lines = read_runs(files.results, COMPOSITION_FORM)
     require(len(lines) > 0, f"{files.results} holds no runs yet: start with `train`")
     print(composition_table(lines))
     if any(line["group"] == "test" for line in lines):  # the tries alone make no figure
@@ -73,15 +76,19 @@ def train_groups(groups: list[str], files: CompositionConfig) -> int:
             todo += [(seed, row) for seed in seeds]
     with cli.Interrupt() as interrupt:
         for seed, row in sorted(todo, key=lambda item: item[0]):
-            folder = Path(
-                files.out, row.group, f"{row.name}-s{seed}".replace(",", "").replace(" ", "-")
-            )
             line = {"group": row.group, "preset": row.preset, "changes": row.changes, "seed": seed}
-            if identity(line) in {identity(line) for line in read_lines(files.results)}:
+            known = read_runs(files.results, COMPOSITION_FORM)
+            if identity(line) in {identity(other) for other in known}:
                 continue
+
+            # Train it, from where it was cut off.
+            name = f"{row.name}-s{seed}".replace(",", "").replace(" ", "-")
+            folder = Path(files.out, row.group, name)
             train_in(folder, settings_of_run(row, seed), interrupt)
             if interrupt.asked:
                 return 130
+
+            # Keep what is said of it.
             line |= measure_run(folder)
             append_line(files.results, line)
             print(f"{folder}: unseen pairs {line['test']['accuracy']:.1%}", flush=True)
@@ -139,24 +146,6 @@ def bits_about(visit, kind) -> float:
     """What an expert, drawn from visit (n, E) of sum 1, tells of kind (n,), in bits."""
     _, kind = kind.unique(return_inverse=True)
     return mutual_information(visit, F.one_hot(kind).to(visit)) / math.log(2)
-
-
-# ---- the results file
-
-
-def read_lines(path: str) -> list[dict]:
-    """The lines of a results file, none if there is no such file. ValueError for another file."""
-    if not Path(path).exists():
-        return []
-    lines = []
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            identity(line), line["test"]["accuracy"], line["total"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}: line {number} is no run of this command") from None
-        lines.append(line)
-    return lines
 
 
 if __name__ == "__main__":

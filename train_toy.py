@@ -50,6 +50,7 @@ from moe import IGNORE, MoEConfig, Router, expert_load, require, router_losses
 @undisturbed()
 def main(argv=None) -> int:
     """Train, report, and say what to run next -> the exit code."""
+    # The settings, from flags or from the run that goes on.
     given = flags.training(argv, __doc__)
     if given.get("resume"):
         train, sizes = resumed_settings(given)
@@ -59,6 +60,8 @@ def main(argv=None) -> int:
         raise cli.Usage("top_k 1 with norm_topk: the router gets no gradient; use --no-norm-topk")
     if train.seeds > 1:
         scipy_stats()  # for the intervals at the end: better missed now than then
+
+    # Threads and processes.
     train.threads = train.threads or torch.get_num_threads()
     torch.set_num_threads(train.threads)
     processes.join()
@@ -89,6 +92,7 @@ def train_run(train: TrainConfig, sizes: MoEConfig, single: bool) -> dict | None
     single: it is the only run, and so its folder has the name that --out gives.
     Of several processes the first one writes, scores and reports.
     """
+    # Make the task, and the model, if it fits into memory.
     first = processes.rank() == 0
     settings = asdict(train)
     if train.resume:
@@ -100,6 +104,8 @@ def train_run(train: TrainConfig, sizes: MoEConfig, single: bool) -> dict | None
     sizes = replace(sizes, vocab_size=task.vocab_size)
     require_memory(sizes, pick_device(train.device), train.batch, length)
     model, optimizer = start(train, sizes, task)
+
+    # Own the folder, and train; where all steps are done, score and report.
     folder = processes.gathered(folder_of(train, single) if first else None)[0]
     with owned_folder(folder) if first else nullcontext():
         if not train.resume and first:
@@ -112,6 +118,8 @@ def train_run(train: TrainConfig, sizes: MoEConfig, single: bool) -> dict | None
                 return processes.gathered(finish(*arguments) if first else None)[0]
         except KeyboardInterrupt:
             print("\ninterrupted")
+
+        # Say how to go on.
         if (folder / "state.safetensors").exists():
             words = ["python", "train_toy.py", "--resume", folder]
             words += ["--router", train.router] if train.router else []
@@ -176,11 +184,14 @@ def train_loop(model, optimizer, task: Task, train: TrainConfig, folder: Path):
     finished is then False. ValueError where the loss or the gradient is no longer finite; the
     folder then keeps the last good weights.
     """
+    # What is saved with the weights.
     content = dict(task.content)
     if train.router:
         content["router"] = runs.code_of(type(model.routers()[0]))
     settings = {"model": asdict(model.config), "train": asdict(train) | {"content": content}}
     settings["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
+
+    # Start, or go on where the last save was.
     first, log, losses = 0, [], []  # losses: those since the last line of the log
     if train.resume:
         first, log, losses = runs.resume(folder, model, optimizer)
@@ -209,6 +220,7 @@ def train_loop(model, optimizer, task: Task, train: TrainConfig, folder: Path):
         save(0)
     with bar, cli.Interrupt() as interrupt:
         for step in range(first, train.steps):
+            # One step of the optimiser.
             loss = update(forward, model, optimizer, task, train, step)
             if not math.isfinite(loss):
                 fault = f"the loss or its gradient is no longer finite at step {step + 1}"
@@ -218,6 +230,7 @@ def train_loop(model, optimizer, task: Task, train: TrainConfig, folder: Path):
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
+            # Evaluate and save, when it is due or somebody asks to stop.
             done = step + 1
             due = done % train.eval_every == 0 or done == train.steps
             if due:

@@ -187,7 +187,8 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
 
 def draw_figure(lines: list[dict], path: Path):
     """Unseen pairs over the steps, by weight decay and at the end, and what routers look at."""
-    curves, decays, shares, told = {}, {}, {}, {}
+    # The runs of tests and controls.
+    curves, decays, shares, bits = {}, {}, {}, {}
     plan = planned_rows()
     for row, _ in plan["test"] + plan.get("controls", []):
         own = lines_of(lines, row)
@@ -199,13 +200,15 @@ def draw_figure(lines: list[dict], path: Path):
         if not row.changes:
             shares[row.name] = [line["test"]["accuracy"] for line in own]
         if not row.changes and row.preset in WITH_TWO_ROUTERS:
-            told[row.name] = {
+            bits[row.name] = {
                 place: np.mean([line["information"][place] for line in own], axis=0)
                 for place in own[0]["information"]
             }
+
+    # The tries on dev seeds, at the rate that was chosen.
     for preset, tuned in TUNED.items():
         tries = [change for change in TRIES if change["lr"] == tuned["lr"]]
         tries.sort(key=lambda change: change["weight_decay"])
         by_decay = {t["weight_decay"]: unseen(lines, Row("tries", preset, t)) for t in tries}
         decays[preset] = {decay: list(v.values()) for decay, v in by_decay.items() if v}
-    composition_figure(steps, curves, decays, shares, told, path)
+    composition_figure(steps, curves, decays, shares, bits, path)

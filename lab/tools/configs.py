@@ -339,7 +339,7 @@ def one_of(what: str, name: str, known) -> str:
     'mode finding'
     """
     named = {plain(option): option for option in known}
-    if plain(name) not in named:
+    if not isinstance(name, str) or plain(name) not in named:
         names = ", ".join(known)
         hint = did_you_mean(name, known)
         raise ValueError(f"unknown {what} {shown(name)}{hint} (there are: {names})")

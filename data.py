@@ -23,8 +23,8 @@ import torch.nn.functional as F
 
 from lab.tools.checks import annotated, evaluation, require_shape
 from lab.tools.cli import note
-from lab.tools.configs import one_of
 from lab.tools.files import digest, require_form
+from lab.tools.kinds import one_of
 from lab.tools.texts import identify, read_tokens, tinystories, tokenizer
 from moe import IGNORE, require
 

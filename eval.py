@@ -43,8 +43,8 @@ from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
 from lab.tools import figures, processes, runs
 from lab.tools.checks import undisturbed
-from lab.tools.configs import one_of
 from lab.tools.files import as_json, write
+from lab.tools.kinds import one_of
 from lab.tools.report import label
 from lab.tools.statistics import scipy_stats, share_interval
 from moe import MoETransformer, require

@@ -15,7 +15,7 @@ from lab.tools.checks import (
     require_mask,
     require_shape,
 )
-from lab.tools.configs import one_of
+from lab.tools.kinds import one_of
 
 TOKENS = ("last", "middle", "first", "all")
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from lab.tools.checks import annotated, require_mask, torch_defaults
-from lab.tools.configs import KERNELS, one_of
+from lab.tools.configs import KERNELS
+from lab.tools.kinds import one_of
 from pathways.checks import as_tuples, require_enough, require_prompts
 from pathways.references import ReferenceSet
 from pathways.similarity import near_copies, similarity

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from lab.tools.checks import annotated, require_finite, torch_defaults
-from lab.tools.configs import EMBEDDINGS, TFIDF, one_of
+from lab.tools.configs import EMBEDDINGS, TFIDF
+from lab.tools.kinds import one_of
 from pathways.checks import require_layer, require_own
 from pathways.prompts import portions
 from pathways.tail import Tail

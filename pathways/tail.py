@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lab.tools.checks import annotated, evaluation
-from lab.tools.configs import one_of
+from lab.tools.kinds import one_of
 from moe import Cache, Imposed, Router, unwrapped
 from pathways.checks import TOKENS, require_blocks, require_layers, require_routers
 from pathways.prompts import MOST_TOKENS, by_length, trimmed

@@ -12,7 +12,7 @@ FOLDERS = ("pathways", "lab", "notebooks", "tests")
 PATHS = [*ROOT.glob("*.py"), *ROOT.glob("pathways/*.py"), *ROOT.glob("lab/**/*.py")]
 MODULES = sorted(path.relative_to(ROOT) for path in PATHS)
 
-CHECKS = {"lab.tools.checks", "lab.tools.configs"}
+CHECKS = {"lab.tools.checks", "lab.tools.configs", "lab.tools.kinds"}
 MODELS = {"moe", "cartesian", "data", "pathways", "remix", "hf"} | CHECKS
 EXPERIMENTS = MODELS | {"lab.tools", "lab.scores"}
 ALLOWED = {  # what a file, or the files of a folder, may import of the project's own
@@ -26,10 +26,11 @@ ALLOWED = {  # what a file, or the files of a folder, may import of the project'
     | {"moe"}
     | {f"lab.checkpoints.{name}" for name in ("families", "tokenizer", "untrusted")},
     "lab/tools": MODELS | {"lab.tools", "lab.composing.presets"},
-    "lab/tools/configs.py": set(),
-    "lab/tools/checks.py": {"lab.tools.configs"},
+    "lab/tools/kinds.py": set(),
+    "lab/tools/configs.py": {"lab.tools.kinds"},
+    "lab/tools/checks.py": {"lab.tools.kinds"},
     "lab/tools/compiled.py": set(),
-    "lab/tools/cli.py": {"lab.tools.configs"},
+    "lab/tools/cli.py": {"lab.tools.kinds"},
     "lab/tools/flags.py": {"lab.tools.cli", "lab.tools.configs"},
     "lab/tools/processes.py": set(),
     "lab/tools/files.py": {"lab.tools.checks"},

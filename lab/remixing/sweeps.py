@@ -21,7 +21,7 @@ from lab.remixing.arena import Arena, arena_of, judged, own_answers
 from lab.remixing.contest import pooled
 from lab.remixing.methods import METHODS, tuned_settings
 from lab.remixing.rivals import descend
-from lab.tools.configs import plain
+from lab.tools.kinds import plain
 from pathways import ReferenceSet, frozen, nearest, similarity
 from pathways.checks import as_tuples
 from pathways.tail import TOKENS

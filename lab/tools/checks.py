@@ -16,7 +16,7 @@ from functools import wraps
 import torch
 from tqdm import tqdm
 
-from lab.tools.configs import fits, require, require_kind, shown
+from lab.tools.kinds import fits, require, require_kind, shown
 
 IGNORE = -100  # a target without loss
 

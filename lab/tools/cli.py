@@ -12,7 +12,7 @@ import typing
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab.tools.configs import did_you_mean
+from lab.tools.kinds import did_you_mean
 
 BARS = "▁▂▃▄▅▆▇█"
 

@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_left_out(arena, capsys):
     """Where the context is full a prompt stands alone, and is answered as without examples."""
     arena.model.config.context = 9  # the prompts have 3 to 5 tokens, an example 4 to 6
     result = run_method("in-context", arena)
-    alone = (result.logits == result.logits_before).all(1)  # (6,)
+    alone = torch.isclose(result.logits, result.logits_before, atol=1e-5).all(1)  # (6,)
     assert 0 < alone.sum() < 6
     assert f"{alone.sum()} of 6 prompts stand alone" in capsys.readouterr().err
 

@@ -310,13 +310,13 @@ BAD_FILES = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files(name, good, tmp_path, complaint):
+def test_bad_files(name, good, tmp_path, call, complaint):
     """The command line and `load` say in one line what is wrong, and take no memory for it."""
     spoil, message = BAD_FILES[name]
     folder = tmp_path / "checkpoint"
     shutil.copytree(good, folder)
     spoil(folder)
-    assert hf.main([str(folder)]) == 1
+    assert call(hf, str(folder)) == 1
     assert message in complaint()
 
     def load():

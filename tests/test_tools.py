@@ -80,6 +80,8 @@ MISTAKES = {  # command line -> exit code, what is said
     "train_toy --preset cartesian --twin": (2, "a preset has no dense twin"),
     "train_toy --preset smoe_top3 --d-model 16": (2, "fine_grained at n_experts 15, d_expert 64"),
     "train_toy --data text": (2, "needs --data-file"),
+    "train_toy --valid-file x": (2, "--valid-file does nothing with --data skills, but with text"),
+    "train_toy --data tinystories --trained 1": (2, "does nothing with --data tinystories"),
     "train_toy --router nowhere:Mine": (1, "nowhere cannot be imported"),
     "eval": (2, "expected a command (there are: perplexity, routing, sample"),
     "eval routing --spilt test": (2, "unknown flag --spilt; did you mean --split?"),

@@ -135,6 +135,15 @@ def choice(argv, text: str) -> dict:
     values = parser.parse(argv)
     cli.make_config(ChoiceConfig, values)
     cli.make_config(REMIX_SETTINGS, remix_settings(values))
+
+    # What would do nothing is a mistake.
+    idle = {"shots": ["shots_file"]}
+    idle["references"] = ["reference_files", "reference_limit", "method", *remix_settings(values)]
+    for needed, names in idle.items():
+        for name in names:
+            flag = "--" + name.replace("_", "-")
+            if name in values and not values.get(needed):
+                raise cli.Usage(f"{flag} does nothing without --{needed}")
     return values
 
 

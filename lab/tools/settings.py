@@ -9,6 +9,14 @@ from lab.tools.configs import TrainConfig
 from lab.tools.files import new_folder
 from moe import MoEConfig
 
+OF_TASKS = {  # flags that only some tasks read
+    "data_file": ["text"],
+    "valid_file": ["text"],
+    "tokenizer": ["text", "tinystories"],
+    "n_functions": ["composition"],
+    "n_in_a_row": ["composition"],
+    "trained": ["composition"],
+}
 CHANGEABLE = ("resume", "device", "compile", "taste")  # flags that a resumed run may change
 
 
@@ -25,7 +33,14 @@ def new_settings(given: dict) -> tuple[TrainConfig, MoEConfig]:
     # What the task wants, and what the flags say.
     if given.get("data_file") and "data" not in given:
         given["data"] = "text"
-    task = TASKS[given.get("data", "skills")]
+    data = given.get("data", "skills")
+    for name, users in OF_TASKS.items():
+        if given.get(name) and data not in users:
+            flag = "--" + name.replace("_", "-")
+            raise cli.Usage(
+                f"{flag} does nothing with --data {data}, but with {' or '.join(users)}"
+            )
+    task = TASKS[data]
     values = dict(task.settings)
     if given.get("preset"):
         values |= task.preset_sizes

@@ -502,7 +502,7 @@ class TextData(Task):
         tokenizer_name: str = "tinystories",
         context: int = 128,
         seed: int = 0,
-        cache: str = "out/tokens",
+        cache: str | Path = "out/tokens",
     ):
         self.encoding = tokenizer(tokenizer_name)
         self.vocab_size = self.encoding.n_vocab

@@ -92,13 +92,15 @@ def random_neighbours(arena: Arena, **settings):
 
 
 def shuffled_labels(arena: Arena, **settings):
-    """NGD with the labels of the usable references shuffled among them."""
+    """NGD with the labels of the usable references shuffled among them, with their options."""
     references = arena.references
     usable = references.correct.nonzero()[:, 0]
-    order = torch.randperm(len(usable), generator=arena.random())
-    labels = references.labels.clone()
-    labels[usable] = labels[usable[order]]
-    return arena.remix(arena.neighbours, replace(references, labels=labels), **settings)
+    order = torch.arange(len(references.labels))
+    order[usable] = usable[torch.randperm(len(usable), generator=arena.random())]
+    options = references.options
+    changes = {"labels": references.labels[order]}
+    changes["options"] = None if options is None else options[order]
+    return arena.remix(arena.neighbours, replace(references, **changes), **settings)
 
 
 def unfiltered(arena: Arena, **settings):

@@ -208,7 +208,6 @@ def test_formula_is_what_the_profiler_counts():
     assert olmoe == pytest.approx([0.18, 0.25, 3.0, 40], rel=0.1)
 
 
-@pytest.mark.full
 def test_what_does_not_fit_is_left_out(arena, capsys):
     """Where the context is full a prompt stands alone, and is answered as without examples."""
     arena.model.config.context = 9  # the prompts have 3 to 5 tokens, an example 4 to 6
@@ -245,6 +244,7 @@ def test_cases_are_in_words(arena):
     assert rows[3] == ["broken", arena.words(arena.tokens[5, :5].tolist()), "5", "6", "5"]
 
 
+@pytest.mark.full
 def test_commands(train, call, capsys):
     """A run ends with a taste of re-mixing; eval.py remix prints the table and writes files."""
     assert train("--taste --steps 2 --out out/a") == 0

@@ -284,7 +284,7 @@ def test_presets_match():
         assert (config.n_experts, config.top_k, config.d_expert) == expected
 
 
-@pytest.mark.parametrize("name", ["hash", "cartesian", "cartesian_pairs", "fine_grained"])
+@pytest.mark.parametrize("name", ["cartesian", *full("hash", "cartesian_pairs", "fine_grained")])
 def test_saved_run(name, tmp_path):
     """A saved model comes back as the class that it was, with the table of a hash router.
 

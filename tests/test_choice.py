@@ -99,7 +99,7 @@ OTHER_FORMS = {  # as the authors gave them out: name of the file, benchmark, ro
 }
 
 
-@pytest.mark.parametrize("form", OTHER_FORMS)
+@pytest.mark.parametrize("form", full(*OTHER_FORMS))
 def test_other_forms(form, tmp_path):
     """Rows are read in the form that their authors chose, lines or an array, packed or not."""
     name, benchmark, row, choices = OTHER_FORMS[form]
@@ -265,7 +265,7 @@ def around(kind):
 
 
 @pytest.mark.parametrize("form", ["letters", "full"])
-@pytest.mark.parametrize("kind", AROUND)
+@pytest.mark.parametrize("kind", ["plain", *full(*AROUND[1:])])
 def test_prompts_in_every_context(kind, form, folder, tmp_path, capsys):
     """The beginning token, then as much of the end of the text as fits; no end token, whether the
     tokenizer comes from a folder or as it is. What is cut is counted."""
@@ -350,7 +350,7 @@ BEHIND = {  # tokens behind the vocabulary -> what is said of them
 }
 
 
-@pytest.mark.parametrize("which", BEHIND)
+@pytest.mark.parametrize("which", full(*BEHIND))
 def test_tokens_behind_the_vocabulary(which, folder, tmp_path, capsys):
     """One that no text makes is left out, and that is said; others are refused."""
     change, told = BEHIND[which]
@@ -379,7 +379,7 @@ TOLD = {  # asked, references -> what is said of them
 }
 
 
-@pytest.mark.parametrize("what", TOLD)
+@pytest.mark.parametrize("what", full(*TOLD))
 def test_what_is_not_used_is_told(what, folder, tmp_path, monkeypatch, capsys):
     """Whatever of the rows is cut or left out is counted."""
     monkeypatch.chdir(tmp_path)
@@ -571,7 +571,7 @@ def test_nothing_is_read_twice(folder, flags, monkeypatch):
     assert sum(hashed) == len(list(hf.load(folder)[0].parameters()))
 
 
-@pytest.mark.parametrize("method", ["ngd", "kernel_regression", "oracle"])
+@pytest.mark.parametrize("method", ["ngd", *full("kernel_regression", "oracle")])
 def test_shared_work_changes_nothing(method, folder):
     """With prefixes of prompts kept for all methods, each answers as it does by itself."""
     model, tokenizer = hf.load(folder)

@@ -127,5 +127,5 @@ def test_scores_count_right_answers():
 
 def test_unknown_split():
     """An unknown split is answered with the known ones."""
-    with pytest.raises(ValueError, match="it has train, reference, dev, test"):
+    with pytest.raises(ValueError, match="there are: train, reference, dev, test"):
         SkillsTask().prompts("valid")

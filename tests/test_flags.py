@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from by_hand import full
 
 import eval
 from data import TASKS
@@ -50,39 +51,38 @@ def run_without(tmp_path):
     return ran
 
 
-def test_help_and_errors_do_not_wait_for_torch(run_without):
+@pytest.mark.parametrize("command", ["train_toy.py", *full(*commands())])
+def test_help_and_errors_do_not_wait_for_torch(command, run_without):
     """--help, and a flag that does not exist, are answered before anything heavy is imported."""
-    assert len(commands()) > 20
-    for command in commands():
-        given = run_without(f"{command} --help")
-        assert given.returncode == 0 and given.stderr == "", command
-        assert len(given.stdout) > 100
-        given = run_without(f"{command} --hepl")
-        assert given.returncode == 2 and given.stdout == "", command
-        assert given.stderr.count("\n") == 1 and "--help" in given.stderr, command
+    given = run_without(f"{command} --help")
+    assert given.returncode == 0 and given.stderr == ""
+    assert len(given.stdout) > 100
+    given = run_without(f"{command} --hepl")
+    assert given.returncode == 2 and given.stdout == ""
+    assert given.stderr.count("\n") == 1 and "--help" in given.stderr
 
 
-@pytest.mark.parametrize(
-    "command, said",
-    [
-        ("train_toy.py --stpes 3", "did you mean --steps?"),
-        ("train_toy.py --preset cartesien", "did you mean cartesian?"),
-        ("train_toy.py --steps many", "many"),
-        ("eval.py rmix", "did you mean remix?"),
-        ("eval.py remix --k -1", "k is -1; it must be at least 1"),
-        ("eval.py remix --kernel gausian", "did you mean gaussian?"),
-        ("eval.py sample --temperature -1", "--temperature is -1.0"),
-        ("eval.py choice", "--model is missing"),
-        ("eval.py choice --model x --method NDG", "did you mean ngd?"),
-        ("hf.py", "PATH_OR_REPO"),
-        ("-m lab.composing.compare train --presets cartesien", "did you mean cartesian?"),
-        ("-m lab.remixing.knowledge", "run"),
-    ],
-)
-def test_wrong_values_do_not_wait_either(command, said, run_without):
+WRONG = {  # command -> what is said
+    "train_toy.py --stpes 3": "did you mean --steps?",
+    "train_toy.py --preset cartesien": "did you mean cartesian?",
+    "train_toy.py --steps many": "many",
+    "eval.py rmix": "did you mean remix?",
+    "eval.py remix --k -1": "k is -1; it must be at least 1",
+    "eval.py remix --kernel gausian": "did you mean gaussian?",
+    "eval.py sample --temperature -1": "--temperature is -1.0",
+    "eval.py choice": "--model is missing",
+    "eval.py choice --model x --method NDG": "did you mean ngd?",
+    "hf.py": "PATH_OR_REPO",
+    "-m lab.composing.compare train --presets cartesien": "did you mean cartesian?",
+    "-m lab.remixing.knowledge": "run",
+}
+
+
+@pytest.mark.parametrize("command", [*list(WRONG)[:2], *full(*list(WRONG)[2:])])
+def test_wrong_values_do_not_wait_either(command, run_without):
     """What is wrong in itself is told in one line, with exit code 2."""
     given = run_without(command)
-    assert given.returncode == 2 and said in given.stderr
+    assert given.returncode == 2 and WRONG[command] in given.stderr
     assert given.stderr.count("\n") == 1 and "Traceback" not in given.stderr
 
 
@@ -93,6 +93,7 @@ def test_names_are_those_that_exist():
     assert tuple(PRESETS) == configs.PRESET_NAMES
     assert tuple(SURROGATES) == configs.SURROGATE_NAMES
     assert tuple(BENCHMARKS) == configs.BENCHMARK_NAMES
+    assert len(commands()) > 20
 
 
 @pytest.mark.parametrize("name", ["mode_finding", "Mode-Finding", "mode finding", "MODEFINDING"])

@@ -215,7 +215,7 @@ def alone(operation):
 
 TAUGHT = ["default bfloat16", "default device", "inference mode", "another thread"]
 OTHERS = [host for host in HOSTS if host not in TAUGHT]
-QUICK = [forwarding, building, descending, saving]
+QUICK = [forwarding, descending, saving]
 SLOWER = [operation for operation in OPERATIONS if operation not in QUICK]
 
 
@@ -225,7 +225,7 @@ def test_hosts(host, operation, tmp_path):
     """The same result in a host, which finds itself and its model as they were."""
     expected = alone(operation)
     model = model_in_training()
-    references = references_of(model)
+    references = references_of(model_in_training())
 
     def hosted():
         return operation(model, references, tmp_path / "hosted")
@@ -245,7 +245,7 @@ def test_wrappers(wrapper, operation, tmp_path):
     """A wrapped model is the model inside of it, references and files included."""
     expected = alone(operation)
     model = model_in_training()
-    references = references_of(model)
+    references = references_of(model_in_training())
     wrapped = WRAPPERS[wrapper](model)
     before = surroundings(wrapped)
     result = operation(wrapped, references, tmp_path / "wrapped")

@@ -80,7 +80,7 @@ LAYERS = {  # tokens, experts of each, numbers, width of an expert, whether one 
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", [*list(LAYERS)[:3], *full(*list(LAYERS)[3:])])
 def test_experts_equal_a_loop(layer):
     """The k experts of n tokens, few or many, in any order of work: same outputs and gradients."""
     n, k, dtype, width, fused = LAYERS[layer]

@@ -44,7 +44,7 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", ["forward", "build", *full(*list(OPERATIONS)[1:-1])])
 @pytest.mark.parametrize("value", [NAN, *full(math.inf)], ids=str)
 def test_damaged_models(operation, value):
     """Whichever weight is damaged: what a model says is refused, in evaluation."""
@@ -105,7 +105,7 @@ WRITERS = {  # what writes a number into the folder
 }
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", ["a run's log", *full(*list(WRITERS)[1:])])
 def test_writers(writer, tmp_path):
     """No file of JSON holds NaN or an infinity; an older file stays."""
     WRITERS[writer](tmp_path, 1.0)
@@ -171,7 +171,7 @@ CONFIGS = [MoEConfig, ComposedConfig, RemixConfig, TrainConfig, ChoiceConfig]
 ODD = [NAN, math.inf, -math.inf, 2**70, -(2**70), -1, 1.5, "7", None, True, [1], torch.ones(2)]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [MoEConfig, *full(*CONFIGS[1:])])
 def test_settings(config):
     """A field takes what it is meant for, or one line says what is wrong with it."""
     given = {"model": "x"} if config is ChoiceConfig else {}

@@ -484,7 +484,7 @@ def test_kept_prefixes():
     assert prefixes.size == len(prefixes.kept) == 0
 
 
-@pytest.mark.parametrize("token", ["last", "middle", "all"])
+@pytest.mark.parametrize("token", ["last", *full("middle", "all")])
 def test_prefixes_of_many_tokens_are_made_in_portions(token, monkeypatch):
     """Portions of alike lengths, padded together, are what one pass makes."""
     model, _, references = world(token=token)

@@ -70,9 +70,7 @@ def test_commands_are_for_a_shell():
 
 
 MISTAKES = {  # command line -> exit code, what is said
-    "train_toy --step 5": (2, "unknown flag --step; did you mean --steps?"),
     "train_toy --d-model 30": (2, "d_model 30 does not divide into 4 heads: try 32"),
-    "eval choise": (2, "did you mean choice?"),
     "train_toy --data skils": (2, "'skils' is not one of skills, composition, tinystories, text;"),
     "train_toy --steps 0": (2, "steps is 0; it must be at least 1"),
     "train_toy --top-k 20": (2, "top_k 20 is more than the 16 experts"),
@@ -84,7 +82,6 @@ MISTAKES = {  # command line -> exit code, what is said
     "train_toy --data tinystories --trained 1": (2, "does nothing with --data tinystories"),
     "train_toy --router nowhere:Mine": (1, "nowhere cannot be imported"),
     "eval": (2, "expected a command (there are: perplexity, routing, sample"),
-    "eval routing --spilt test": (2, "unknown flag --spilt; did you mean --split?"),
     "eval remix --methods NDG": (2, "unknown method 'NDG'; did you mean NGD?"),
     "eval perplexity": (1, "no run in out/: train one with python train_toy.py"),
     "eval perplexity nowhere": (1, "nowhere holds no run"),
@@ -99,7 +96,7 @@ for number in [*NUMBERS, "seed=-1", f"seed={2**64}"]:  # before anything is open
     MISTAKES[f"eval sample --{number}"] = (2, told)
 
 
-@pytest.mark.parametrize("line", [*list(MISTAKES)[:3], *full(*list(MISTAKES)[3:])])
+@pytest.mark.parametrize("line", [*list(MISTAKES)[:1], *full(*list(MISTAKES)[1:])])
 def test_wrong_usage(line, call, complaint):
     """A mistake is told in one line, and makes no file; exit code 2 for usage, 1 for failure."""
     code, message = MISTAKES[line]

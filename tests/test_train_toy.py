@@ -98,16 +98,18 @@ def test_resume_equals_uninterrupted(flags, train, call, monkeypatch, capsys, un
 
 def test_nan_keeps_the_last_good_checkpoint(train, monkeypatch, complaint):
     """A loss that is no longer finite stops the run, and leaves the weights saved before."""
-    update = train_toy.update
+    update, norms = train_toy.update, []
 
     def broken(forward, model, *args):
         if args[-1] == 4:
             model.embedding.weight.data.fill_(float("nan"))
+            norms.extend((model.norm.weight, model.norm.weight.clone()))
         return update(forward, model, *args)
 
     monkeypatch.setattr(train_toy, "update", broken)
     assert train("--out run") == 1
     assert "no longer finite at step 5: run keeps" in complaint()
+    assert torch.equal(*norms)
     tensors, meta = read_tensors(Path("run/state.safetensors"))
     assert meta["step"] == "4"
     assert all(tensor.isfinite().all() for tensor in tensors.values())

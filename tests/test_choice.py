@@ -19,15 +19,8 @@ from pretended import PretendedDevice, move
 
 import hf
 from lab.checkpoints import choice, remixed
-from lab.checkpoints.benchmarks import (
-    BENCHMARKS,
-    Item,
-    as_problems,
-    make_prompts,
-    not_asked,
-    read_items,
-    text_pairs,
-)
+from lab.checkpoints.benchmarks import BENCHMARKS, Item, not_asked, read_items
+from lab.checkpoints.questions import as_problems, make_prompts, text_pairs
 from lab.checkpoints.tokenizer import read_tokenizer
 from lab.remixing.arena import Arena
 from lab.remixing.contest import compete

@@ -14,15 +14,8 @@ import torch
 
 import hf
 from lab.checkpoints.answers import Answers, kept_answers
-from lab.checkpoints.benchmarks import (
-    Item,
-    Prompt,
-    make_prompts,
-    not_asked,
-    read_items,
-    tell_cuts,
-    text_pairs,
-)
+from lab.checkpoints.benchmarks import Item, not_asked, read_items
+from lab.checkpoints.questions import Prompt, make_prompts, tell_cuts, text_pairs
 from lab.checkpoints.remixed import pass_memory, plan_comparison, remix_benchmark
 from lab.tools import cli, flags, processes
 from lab.tools.checks import progress

@@ -31,7 +31,8 @@ from safetensors.torch import save_file
 
 import hf
 from lab.checkpoints import choice, remixed
-from lab.checkpoints.benchmarks import LETTERS, make_prompts, read_items
+from lab.checkpoints.benchmarks import LETTERS, read_items
+from lab.checkpoints.questions import make_prompts
 from lab.remixing.cost import OLMOE
 from lab.tools.configs import RehearsalConfig
 from lab.tools.files import as_json, owned

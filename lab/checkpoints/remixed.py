@@ -14,14 +14,8 @@ import torch
 
 from data import Problems
 from lab.checkpoints.answers import kept_answers
-from lab.checkpoints.benchmarks import (
-    Item,
-    Prompt,
-    as_problems,
-    make_prompts,
-    not_asked,
-    tell_cuts,
-)
+from lab.checkpoints.benchmarks import Item, not_asked
+from lab.checkpoints.questions import Prompt, as_problems, make_prompts, tell_cuts
 from lab.remixing.arena import Arena, Outcome, selected
 from lab.remixing.contest import compete, pooled
 from lab.remixing.tables import CONTEST_LEGEND, main_table

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lab.speed import measures
+from lab.speed import measures, profiles
 from lab.speed.peers import olmoe
 from lab.speed.report import speed_report
 from lab.tools.checks import undisturbed
@@ -57,7 +57,7 @@ def measure_all(rounds: int) -> dict:
         "rows": rows,
         "layers": measures.layer_rows(machine, rounds),
         "growth": measures.growth(machine, 3),
-        "profiles": measures.profiles(),
+        "profiles": profiles.step_profiles(),
     }
 
 

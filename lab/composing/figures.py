@@ -197,14 +197,14 @@ def composition_figure(
     curves: dict[str, list],
     decays: dict[str, dict[float, list[float]]],
     shares: dict[str, list[float]],
-    information: dict[str, dict[str, list[float]]],
+    information: dict[str, list[list[float]]],
     path: Path | None = None,
 ):
     """Unseen pairs over the steps, by weight decay, at the end, and what a visit tells.
 
     curves: name -> a share at each of the steps (seeds, S), on dev. decays: name -> weight decay ->
-    a share of each dev seed. shares: name -> one of each seed, on test. information: name -> place
-    of a router -> bits on f and on g.
+    a share of each dev seed. shares: name -> one of each seed, on test. information: router ->
+    bits on f, and on g, of each seed.
     """
     fig, ((first, second), (third, last)) = figure(10, 7, nrows=2, ncols=2)
     colours = {"cartesian": BLUE, "fine_grained": ORANGE}
@@ -217,7 +217,7 @@ def composition_figure(
         first.plot(steps, 100 * np.mean(seeds, 0), linewidth=2, label=name, **style)
     first.set(xlabel="steps", ylabel="unseen pairs answered right (%)", ylim=(0, 102))
     first.set_title("Pairs of known functions, never seen together (dev)", fontsize=9)
-    first.legend(frameon=False, fontsize=8)
+    first.legend(fontsize=7)
 
     # By weight decay: a point for each dev seed, a line through their means.
     for name, by_decay in decays.items():
@@ -233,25 +233,25 @@ def composition_figure(
 
     # At the end: a point for each seed, a bar for their mean.
     for row, (name, values) in enumerate(shares.items()):
-        third.barh(row, 100 * np.mean(values), color=colours.get(name, GREY), alpha=0.45)
+        colour = colours.get(name.partition(",")[0], GREY)
+        third.barh(row, 100 * np.mean(values), color=colour, alpha=0.45)
         third.plot(np.multiply(100, values), [row] * len(values), "o", color=INK, markersize=3)
     third.set_yticks(range(len(shares)), shares)
     third.invert_yaxis()
     third.set(xlabel="unseen pairs answered right (%)", xlim=(0, 102))
-    third.set_title("Other ways to join the experts, or none", fontsize=9)
+    third.set_title("At the end (test pairs)", fontsize=9)
 
-    # What a visit tells: one row for each router, two bars for the two functions.
-    rows = []
-    for name, places in information.items():
-        for place, bits in places.items():
-            rows.append((f"{name}, {place[-1]}", bits))
-    for row, (_, (f, g)) in enumerate(rows):
-        last.barh(row - 0.2, f, 0.38, color=BLUE, label="first function, f" if not row else None)
-        last.barh(row + 0.2, g, 0.38, color=ORANGE, label="second, g" if not row else None)
-    last.set_yticks(range(len(rows)), [name for name, _ in rows])
+    # What a visit tells: for each router and function a bar, and a point for each seed.
+    for row, both in enumerate(information.values()):
+        for place, (colour, bits) in enumerate(zip((BLUE, ORANGE), both, strict=True)):
+            label = ("first function, f", "second, g")[place] if row == 0 else None
+            height = row + 0.4 * place - 0.2
+            last.barh(height, np.mean(bits), 0.38, color=colour, alpha=0.6, label=label)
+            last.plot(bits, [height] * len(bits), "o", color=INK, markersize=2)
+    last.set_yticks(range(len(information)), information)
     last.invert_yaxis()
     last.set(xlabel="bits that a visited expert tells")
     last.set_title("Which function does a router look at?", fontsize=9)
-    if rows:
+    if information:
         last.legend(frameon=False, fontsize=8)
     return save_figure(fig, path)

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from data import SkillsTask
-from lab.composing import verdict
+from lab.composing import composition_rows, verdict
 from lab.composing.effects import group_runs
 from lab.pages import claims
 from lab.pages.declared import declared_table
-from lab.pages.stored import RESULTS, stored_result, stored_runs
+from lab.pages.stored import RESULTS, stored_compositions, stored_result, stored_runs
 from lab.remixing.figures import contest_figures, knowledge_figure, reach_figure, sweeps_figure
 from lab.remixing.knowledge import pathway_tables
 from lab.remixing.reach import RIGHT, WRONG, reach_table
@@ -88,6 +88,7 @@ def text_blocks() -> dict:
         "ablation": lambda: sweep_table(stored_result("remix-skills-dev-ablation")),
         "compare": partial(declared_report, "compare"),
         "second": partial(declared_report, "second"),
+        "composition": lambda: composition_rows.composition_table(stored_compositions()),
         "gain": partial(stored_gain, "gain"),
         "gain-half": partial(stored_gain, "gain-half"),
         "trend": lambda: "\n".join(verdict.trend_lines(stored_runs("trend", "second"))),
@@ -138,6 +139,7 @@ def draw_all(folder: Path):
 
     # CartesianMoE
     verdict.draw_comparison(stored_runs("compare"), 2500, folder)
+    composition_rows.draw_figure(stored_compositions(), folder / "composition.png")
     verdict.draw_trend(stored_runs("trend", "second"), folder / "trend.png")
 
     # C3PO

@@ -16,7 +16,13 @@ from lab.composing.effects import (
     test_losses,
     unpaired_effect,
 )
-from lab.pages.declared import UNTOLD, cartesian_test, p_value, remixing_tests
+from lab.pages.declared import (
+    UNTOLD,
+    cartesian_test,
+    composition_tests,
+    p_value,
+    remixing_tests,
+)
 from lab.pages.stored import stored_result, stored_runs
 from lab.tools import statistics
 
@@ -68,7 +74,8 @@ def main_claims() -> str:
     rows = {row.claim: row for row in (*remixing_rows(), *cartesian_rows())}
     rivals = ("base", "random neighbours", "kernel regression", "in-context", "prefix for all")
     wanted = [f"NGD against {METHOD_WORDS[rival]}" for rival in (*rivals, "prefix for each")]
-    chosen = [rows[claim] for claim in (*wanted, *CARTESIAN_TESTS.values())]
+    wanted += [CARTESIAN_TESTS["compare"], COMPOSED[0]]
+    chosen = [rows[claim] for claim in wanted]
     return claims_markdown([row._replace(published=row.published.split()[0]) for row in chosen])
 
 
@@ -169,6 +176,10 @@ CARTESIAN_TESTS = {  # results/NAME.jsonl -> the claim of its declared test
     "compare": "Cartesian against fine-grained experts",
     "second": "Cartesian against fine-grained experts, at lower rates",
 }
+COMPOSED = (  # the declared tests on pairs of functions
+    "Cartesian against fine-grained experts, unseen pairs of functions",
+    "Cartesian against fine-grained experts, unseen pairs, 40 % of all pairs trained",
+)
 LOWER = (  # the claim, ours, theirs, and the two perplexities in the paper
     ("Cartesian against smoe_share", "cartesian", "smoe_share", 7.19, 7.37),
     ("Cartesian against smoe_top3", "cartesian", "smoe_top3", 7.19, 7.40),
@@ -207,7 +218,16 @@ def cartesian_rows() -> list[Claim]:
         # Where routing goes wrong, runs of one seed are alike, and so make pairs.
         losses = [preset_losses(kinds, preset, protocol) for preset in ("cartesian", BASE)]
         table.append(effect_row(claim, published_percent(low, high), paired_effect(*losses)))
-    return table
+    return table + composition_claims()
+
+
+def composition_claims() -> list[Claim]:
+    """Pairs of functions that were never seen together: the share that is answered right."""
+    rows = []
+    for claim, test in zip(COMPOSED, composition_tests(), strict=True):
+        here, seeds = test.effect.replace(" points", ""), f"{len(test.seeds)} pairs"
+        rows.append(Claim(claim, "-", here, UNITS[1], p_value(test.p), seeds, test.verdict))
+    return rows
 
 
 def published_percent(ours: float | None, theirs: float | None) -> str:

@@ -5,6 +5,7 @@ Only these have a bold verdict in the table of claims; all else is exploratory.
 
 from typing import NamedTuple
 
+from lab.composing import composition_rows
 from lab.composing.effects import (
     BASE,
     describe_effect,
@@ -13,7 +14,7 @@ from lab.composing.effects import (
     paired_effect,
     test_losses,
 )
-from lab.pages.stored import stored_result, stored_runs
+from lab.pages.stored import stored_compositions, stored_result, stored_runs
 from lab.remixing.tables import DECLARED_AGAINST
 
 DECLARED_HEAD = "| declared | seeds | effect, with 95 % interval | p | asked for | verdict |\n"
@@ -78,10 +79,23 @@ def cartesian_test(name: str) -> Test:
     return Test(claim, seeds, text, effect.p, alpha, outcome)
 
 
+def composition_tests() -> list[Test]:
+    """The tests on pairs of functions: Cartesian against fine-grained experts."""
+    lines = stored_compositions()
+    tests = []
+    for test in composition_rows.TESTS:
+        result = composition_rows.result_of(lines, test)
+        outcome = "holds here" if result.mean > 0 else "the other way"
+        told = result.seeds, result.effect, result.p
+        tests.append(Test(test.claim, *told, test.alpha, outcome))
+    return tests
+
+
 def declared_table() -> str:
     """All tests, in markdown."""
     tests = [test for name in ARMS for test in remixing_tests(name).values()]
     tests += [cartesian_test(name) for name in COMPARISONS]
+    tests += composition_tests()
     text = DECLARED_HEAD + "|---|---|---|---|---|---|\n"
     for test in tests:
         seeds = f"{test.seeds[0]} to {test.seeds[-1]}"

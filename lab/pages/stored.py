@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from lab.composing.compare import read_runs
+from lab.composing.composition import COMPOSITION_FORM
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -19,3 +20,8 @@ def stored_runs(*names: str) -> list[dict]:
     for name in names:
         lines += read_runs(str(RESULTS / f"{name}.jsonl"))
     return lines
+
+
+def stored_compositions() -> list[dict]:
+    """The runs of the experiment on compositions in results/."""
+    return read_runs(str(RESULTS / "composition.jsonl"), COMPOSITION_FORM)

@@ -265,7 +265,6 @@ def test_help_names_every_flag(call, capsys):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_in_one_piece(dtype, monkeypatch):
     """torch.compile finds one graph and no cause to warn: same losses, gradients and checks."""
-    torch.compiler.reset()  # what other tests compiled would make shapes symbols
     whole = partial(torch.compile, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", whole)
     task = SkillsTask(0)

@@ -165,7 +165,8 @@ def read_config(raw: dict, path):
     """
     name = str(raw.get("model_type"))
     names = ", ".join(FAMILIES)
-    require(name in FAMILIES, f"{path}: model_type is {name:.60}; known are {names}")
+    hint = "; a run of train_toy.py is opened by eval.py" if "model_type" not in raw else ""
+    require(name in FAMILIES, f"{path}: model_type is {name:.60}; known are {names}{hint}")
     settings = Settings(raw, path)
 
     # Read the sizes that every family has.

@@ -136,7 +136,8 @@ def load(source: str | Path, dtype=None, device="cpu", cache=None, offline=False
 
     source: a folder, or owner/name[@revision] on the hub, which is downloaded to the folder `cache`
     (None: the hub's own) unless `offline`. dtype: float64, float32, bfloat16 or float16 (None: what
-    config.json names, or float32). The files are only mapped: memory is taken for the model and some MB.
+    config.json names, or float32). The files are only mapped: memory is taken for the model and
+    some MB.
     ValueError or OSError, in one line, for what cannot be loaded.
     """
     sketch = outline(source, dtype, cache, offline)

@@ -470,7 +470,7 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=flow.mask,
-            is_causal=flow.mask is None and bool(q.shape[2] > 1),  # a bool when compiling, too
+            is_causal=flow.mask is None,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, C)
         if not self.training:  # torch's kernel gives 0 for a query of NaN

@@ -160,7 +160,14 @@ def program(main):
     """Call main(argv) as a program. Its return value is the exit code."""
     with told_in_one_line(), steady_output() as output:
         code = main(sys.argv[1:])
-    sys.exit(code or output.code)
+    code = code or output.code
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # One of several processes: threads of torch may still hold objects of Python, and would
+        # abort the process where Python ends before them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager

@@ -218,8 +218,9 @@ def resume(folder: Path, model, optimizer):
         moments = {"step": torch.tensor(float(step), device=weight.device)}
         for moment in MOMENTS:
             saved = state[f"{moment}/{name}"]
-            fits = saved.shape == weight.shape
-            require(fits, f"{path}: {moment}/{name} has shape {tuple(saved.shape)}")
+            fits = saved.shape == weight.shape and saved.dtype == weight.dtype
+            found = f"{moment}/{name} has shape {tuple(saved.shape)} and type {saved.dtype}"
+            require(fits, f"{path}: {found}; expected {tuple(weight.shape)}, {weight.dtype}")
             moments[moment] = saved.to(weight.device)
         optimizer.state[weight] = moments
     write_copies(folder, state, about)
@@ -263,7 +264,8 @@ def require_file(path: Path):
 def load_weights(model, weights: dict, source):
     """Copy named tensors into the model.
 
-    ValueError names the first three that are missing, unknown or of another shape.
+    ValueError names the first three that are missing, unknown or of another shape, or one of
+    integers.
     """
     own = named_tensors(model)
     problems = []
@@ -274,6 +276,8 @@ def load_weights(model, weights: dict, source):
             problems.append(f"{name}: {shape}, expected {expected}")
     more = " ..." if len(problems) > 3 else ""
     require(not problems, f"{source} does not fit the model: {'; '.join(problems[:3])}{more}")
+    whole = [name for name, weight in weights.items() if not weight.is_floating_point()]
+    require(not whole, f"{source} does not fit the model: {whole[:1]} holds integers")
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(weights[name])

@@ -465,12 +465,15 @@ class Attention(nn.Module):
         if flow.cache is not None:
             k, v = flow.cache.extended(self.layer, k, v, flow.write)  # (B, G, S+T, C)
 
+        causal = flow.mask is None
+        if q.shape[2] == 1:  # a single token looks at all before it
+            causal = False
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=flow.mask,
-            is_causal=flow.mask is None,
+            is_causal=causal,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, C)
         if not self.training:  # torch's kernel gives 0 for a query of NaN

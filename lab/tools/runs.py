@@ -264,8 +264,8 @@ def require_file(path: Path):
 def load_weights(model, weights: dict, source):
     """Copy named tensors into the model.
 
-    ValueError names the first three that are missing, unknown or of another shape, or one of
-    integers.
+    ValueError names the first three that are missing, unknown or of another shape, or one that
+    holds numbers of another kind.
     """
     own = named_tensors(model)
     problems = []
@@ -276,8 +276,10 @@ def load_weights(model, weights: dict, source):
             problems.append(f"{name}: {shape}, expected {expected}")
     more = " ..." if len(problems) > 3 else ""
     require(not problems, f"{source} does not fit the model: {'; '.join(problems[:3])}{more}")
-    whole = [name for name, weight in weights.items() if not weight.is_floating_point()]
-    require(not whole, f"{source} does not fit the model: {whole[:1]} holds integers")
+    for name, weight in own.items():
+        found, expected = weights[name].is_floating_point(), weight.is_floating_point()
+        numbers = "integers" if expected else "fractions"
+        require(found == expected, f"{source} does not fit the model: {name} holds {numbers}")
     with torch.no_grad():
         for name, weight in own.items():
             weight.copy_(weights[name])

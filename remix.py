@@ -251,7 +251,8 @@ def remix(
         if neighbours is None:
             about = references, tokens, lengths, config, allowed, embeddings
             neighbours = find_neighbours(tail, *about)
-        checks.require_neighbours(neighbours, tail, references, tokens, lengths)
+        else:
+            checks.require_neighbours(neighbours, tail, references, tokens, lengths)
         batches = torch.arange(len(tokens)).split(config.batch)
         for i, rows in enumerate(progress(batches, "re-mixing")):
             # The model's own pathways and answers.

@@ -249,14 +249,8 @@ class Prefixes:
         """The prefixes of references that are not kept."""
         if not missing:
             return {}
-        missing = torch.tensor(missing)
-        prefixes = {}
-        for rows in by_length(self.lengths[missing]):
-            rows = missing[rows]
-            batch = self.tail.cut(*trimmed(self.tokens, self.lengths, rows))
-            for i, row in zip(rows.tolist(), zip(*batch, strict=True), strict=True):
-                prefixes[i] = without_padding(row)
-        return prefixes
+        rows = self.tail.cut_each(*trimmed(self.tokens, self.lengths, missing))
+        return {missing[place]: without_padding(row) for place, row in rows}
 
     def keep(self, i: int, prefix):
         """Keep a reference's prefix as the newest."""

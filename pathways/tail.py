@@ -77,12 +77,17 @@ class Tail:
         """Prompts (n, T), padded on the right, of lengths (n,) -> what no pathway changes."""
         if tokens.numel() <= MOST_TOKENS:
             return self.cut_together(tokens, lengths)
-        rows = [None] * len(tokens)
+        rows = dict(self.cut_each(tokens, lengths))
+        return joined_prefix([rows[i] for i in range(len(tokens))])
+
+    def cut_each(self, tokens, lengths):
+        """The same prompt by prompt, read in portions of alike lengths.
+
+        Yields (place of a prompt, its row of a Prefix, padded as its portion is).
+        """
         for places in by_length(lengths):
             prefix = self.cut_together(*trimmed(tokens, lengths, places))
-            for i, row in zip(places.tolist(), zip(*prefix, strict=True), strict=True):
-                rows[i] = row
-        return joined_prefix(rows)
+            yield from zip(places.tolist(), zip(*prefix, strict=True), strict=True)
 
     def cut_together(self, tokens, lengths) -> Prefix:
         """The same in one pass, as long as the longest prompt."""

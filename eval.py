@@ -319,7 +319,7 @@ def playground_command(values: dict) -> int:
     folder, model, task, _ = open_run(values)
     page = assemble(page_data(model, task, folder.name))
     path = folder / "playground.html"
-    runs.write(path, page.encode())
+    write(path, page.encode())
     print(f"wrote {path} ({len(page) / 1e6:.1f} MB): open it in a browser")
     return 0
 

@@ -28,9 +28,8 @@ from pathways.checks import as_tuples, require_gradient, require_layer
 from pathways.prompts import MOST_TOKENS
 from remix import RemixConfig
 
-KERNEL_BYTES = (
-    1_300_000_000  # bytes of torch's library: it keeps a thousand products' code in bfloat16
-)
+# Memory of torch's library: it keeps a thousand products' code in bfloat16.
+KERNEL_BYTES = 1_300_000_000
 BLOCK = 64  # questions that are re-mixed between two lines of the file of answers
 TABLE_NAMES = {  # as --method names them -> as the table does
     "mode_finding": "mode finding",

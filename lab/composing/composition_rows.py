@@ -197,8 +197,8 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return ""
-    mean, half = statistics.interval([100 * (ours[seed] - theirs[seed]) for seed in seeds])
-    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}) points"
+    mean, half = statistics.interval([ours[seed] - theirs[seed] for seed in seeds])
+    return f"{statistics.in_points(mean, mean - half, mean + half)} points"
 
 
 def draw_figure(lines: list[dict], path: Path):

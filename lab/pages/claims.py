@@ -121,7 +121,7 @@ def remixing_rows(name: str = "remix-skills-test") -> list[Claim]:
         if {method, rival} <= PUBLISHED.keys():
             published = published_points(PUBLISHED[method], PUBLISHED[rival])
         claim = f"{method} against {METHOD_WORDS[rival]}"
-        here = in_points(mean, mean - half, mean + half)
+        here = statistics.in_points(mean, mean - half, mean + half)
         seeds = str(len(result["seeds"]))
         table.append(Claim(claim, published, here, UNITS[1], p_value(p), seeds, says))
     return table
@@ -130,11 +130,6 @@ def remixing_rows(name: str = "remix-skills-test") -> list[Claim]:
 def published_points(ours: float, theirs: float) -> str:
     """A published difference, and what it is one of."""
     return f"{ours - theirs:+.1f} ({ours} against {theirs})"
-
-
-def in_points(mean: float, low: float, high: float) -> str:
-    """A difference of shares in points, with its interval."""
-    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 VARIED_SETTINGS = (  # what is varied, another value, NGD's here, two accuracies in the paper
@@ -164,9 +159,8 @@ def setting_rows() -> list[Claim]:
             says = NOTHING
         claim = f"{setting}: {value} against {own}"
         published = published_points(theirs, best)
-        table.append(
-            Claim(claim, published, in_points(mean, low, high), UNITS[asked], "-", "3", says)
-        )
+        here = statistics.in_points(mean, low, high)
+        table.append(Claim(claim, published, here, UNITS[asked], "-", "3", says))
     return table
 
 

@@ -16,6 +16,7 @@ from lab.composing.effects import (
 )
 from lab.pages.stored import stored_compositions, stored_result, stored_runs
 from lab.remixing.tables import DECLARED_AGAINST
+from lab.tools.statistics import in_points
 
 DECLARED_HEAD = "| declared | seeds | effect, with 95 % interval | p | asked for | verdict |\n"
 # results/NAME.json -> what is said of its tests. On the seeds of today's tables the strict arm was
@@ -54,11 +55,11 @@ def remixing_tests(name: str) -> dict[str, Test]:
     tests = {}
     for rival, p in result["p"].items():
         method, row = DECLARED_AGAINST[rival], result["ahead"][rival]
-        mean, low, high = (100 * row[key] for key in ("gain", "low", "high"))
+        mean, low, high = (row[key] for key in ("gain", "low", "high"))
         tests[rival] = Test(
             f"{method} is better than {rival}{ARMS[name]}",
             result["seeds"],
-            f"{mean:+.1f} ({low:+.1f} to {high:+.1f}) points",
+            f"{in_points(mean, low, high)} points",
             p,
             0.01,
             "holds here" if mean > 0 else "the other way",

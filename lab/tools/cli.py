@@ -163,9 +163,7 @@ def program(main):
     code = code or output.code
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # One of several processes: threads of torch may still hold objects of Python, and would
-        # abort the process where Python ends before them.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        # abort the process where Python ends before them. What was printed is flushed already.
         os._exit(code)
     sys.exit(code)
 

@@ -44,6 +44,15 @@ def with_interval(share: dict) -> str:
     return text
 
 
+def in_points(mean: float, low: float, high: float) -> str:
+    """A difference of shares and its interval, in points of a hundred, as text.
+
+    >>> in_points(0.006, -0.009, 0.021)
+    '+0.6 (-0.9 to +2.1)'
+    """
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
 def paired(a, b) -> float:
     """The p-value (two-sided) of a paired t-test: do a and b, a value for each seed, differ?
 

@@ -125,6 +125,15 @@ def information(model, task) -> dict[str, list[float]]:
     expert that the last token visits with f, and with g, over all pairs and numbers."""
     pairs = np.concatenate([task.pairs[split] for split in task.splits])
     tokens, _ = task.all_numbers(pairs)
+    result = {}
+    for place, visit in zip(router_names(model), last_visits(model, tokens), strict=True):
+        columns = tokens[:, : task.n_in_a_row].T  # the token of each function
+        result[place] = [bits_about(visit, column) for column in columns]
+    return result
+
+
+def last_visits(model, tokens):
+    """Where the last of tokens (n, T) goes: (R, n, E), for each router the experts' shares."""
     visits = []
     for rows, out in passes(model, tokens):
         last = slice(rows.shape[1] - 1, None, rows.shape[1])
@@ -134,12 +143,7 @@ def information(model, task) -> dict[str, list[float]]:
             chosen.append(visited(*(column[last] for column in columns)).cpu())
         visits.append(torch.stack(chosen))  # (R, n, E)
     visits = torch.cat(visits, dim=1)
-    visits = visits / visits.sum(-1, keepdim=True)
-    result = {}
-    for place, visit in zip(router_names(model), visits, strict=True):
-        columns = tokens[:, : task.n_in_a_row].T  # the token of each function
-        result[place] = [bits_about(visit, column) for column in columns]
-    return result
+    return visits / visits.sum(-1, keepdim=True)
 
 
 def bits_about(visit, kind) -> float:

@@ -206,7 +206,8 @@ def composition_figure(
     a share of each dev seed. shares: name -> one of each seed, on test. information: router ->
     bits on f, and on g, of each seed.
     """
-    fig, ((first, second), (third, last)) = figure(10, 7, nrows=2, ncols=2)
+    grid = {"nrows": 2, "ncols": 2, "height_ratios": [1, 1.3]}
+    fig, ((first, second), (third, last)) = figure(10, 8.5, **grid)
     colours = {"cartesian": BLUE, "fine_grained": ORANGE}
 
     # Over the steps: a line for each seed, and their mean.
@@ -251,7 +252,7 @@ def composition_figure(
     last.set_yticks(range(len(information)), information)
     last.invert_yaxis()
     last.set(xlabel="bits that a visited expert tells")
-    last.set_title("Which function does a router look at?", fontsize=9)
+    last.set_title("Which function does a router look at? (trained 0.4)", fontsize=9)
     if information:
         last.legend(frameon=False, fontsize=8)
     return save_figure(fig, path)

@@ -35,7 +35,6 @@ from lab.playground.page import assemble, page_data
 from lab.remixing.arena import arena_of
 from lab.remixing.contest import run_contest
 from lab.remixing.figures import contest_figures, sweeps_figure
-from lab.remixing.methods import METHODS
 from lab.remixing.sweeps import run_sweeps
 from lab.remixing.tables import contest_report, sweep_table
 from lab.scores.cloze import answer_questions, most_frequent, share_right
@@ -44,7 +43,6 @@ from lab.scores.specialisation import specialisation
 from lab.tools import figures, processes, runs
 from lab.tools.checks import undisturbed
 from lab.tools.files import as_json, write
-from lab.tools.kinds import one_of
 from lab.tools.report import label
 from lab.tools.statistics import scipy_stats, share_interval
 from moe import MoETransformer, require
@@ -226,7 +224,6 @@ def remix_command(values: dict) -> int:
     """C3PO: re-mix the experts of a frozen model for each prompt, beside all rivals."""
     # Check what can be checked before anything takes time.
     settings = flags.remix_settings(values)
-    methods = method_names(values["methods"])
     folders, beside = values["run"] or [runs.newest()], values["beside"]
     split, most, strict = values["split"], values["most"], values["strict"]
     if len(folders) > 2:
@@ -265,23 +262,13 @@ def remix_command(values: dict) -> int:
         sweeps_figure(result, title, paths[0])
         name += "-ablation"
     else:
-        result = run_contest(folders, arenas, methods, settings, beside, title)
+        result = run_contest(folders, arenas, values["methods"], settings, beside, title)
         if processes.rank() > 0:
             return 0
         print(contest_report(result))
         paths = contest_figures(result, str(out / name))
     print("\nwrote", ", ".join(map(str, paths)), "(look at them)")
     return save_scores(out, name, result)
-
-
-def method_names(text: str | None) -> list[str]:
-    """The methods that --methods names, or all. Usage where there is no such method."""
-    if text is None:
-        return list(METHODS)
-    try:
-        return [one_of("method", name, METHODS) for name in text.split(",")]
-    except ValueError as error:
-        raise cli.Usage(str(error)) from error
 
 
 def robustness_command(values: dict) -> int:

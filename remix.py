@@ -213,7 +213,11 @@ def mode_finding(core: Core, loss, near: Neighbours, config: RemixConfig):
     return w
 
 
-SURROGATES = {f.__name__: f for f in (ngd, kernel_regression, mode_finding)}
+SURROGATES = {
+    "ngd": ngd,
+    "kernel_regression": kernel_regression,
+    "mode_finding": mode_finding,
+}
 
 
 # ---------------------------------------------------------------------------------------- 4. remix

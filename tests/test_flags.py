@@ -12,6 +12,7 @@ import eval
 from data import TASKS
 from lab.checkpoints.benchmarks import BENCHMARKS
 from lab.composing.presets import PRESETS
+from lab.remixing.methods import METHODS
 from lab.tools import configs, flags
 from remix import SURROGATES, RemixConfig
 
@@ -69,6 +70,8 @@ WRONG = {  # command -> what is said
     "eval.py rmix": "did you mean remix?",
     "eval.py remix --k -1": "k is -1; it must be at least 1",
     "eval.py remix --kernel gausian": "did you mean gaussian?",
+    "eval.py remix --methods NDG": "unknown method 'NDG'; did you mean NGD? (there are: mode",
+    "eval.py remix --ablate --methods NGD": "do nothing with --ablate",
     "eval.py sample --temperature -1": "--temperature is -1.0",
     "eval.py choice": "--model is missing",
     "eval.py choice --model x --method NDG": "did you mean ngd?",
@@ -87,11 +90,12 @@ def test_wrong_values_do_not_wait_either(command, run_without):
 
 
 def test_names_are_those_that_exist():
-    """configs.py names what other files define."""
+    """configs.py has the names that stand in tables of files that import torch."""
     assert {*flags.EVAL_COMMANDS} == {*eval.COMMANDS}
     assert tuple(TASKS) == configs.TASK_NAMES
     assert tuple(PRESETS) == configs.PRESET_NAMES
     assert tuple(SURROGATES) == configs.SURROGATE_NAMES
+    assert tuple(METHODS) == configs.METHOD_NAMES
     assert tuple(BENCHMARKS) == configs.BENCHMARK_NAMES
     assert len(commands()) > 20
 
@@ -100,4 +104,6 @@ def test_names_are_those_that_exist():
 def test_a_name_may_be_written_in_several_ways(name):
     """Case, blanks, hyphens and underscores make no difference, in Python and in flags."""
     assert configs.one_of("method", name, ("NGD", "mode finding")) == "mode finding"
+    _, values = flags.eval_flags(["remix", f"--methods={name},roma", "--kernel=Gaussian"], "")
+    assert (values["methods"], values["kernel"]) == (["mode finding", "RoMA"], "gaussian")
     assert RemixConfig(method=name).method == "mode_finding"

@@ -71,7 +71,7 @@ def test_commands_are_for_a_shell():
 
 MISTAKES = {  # command line -> exit code, what is said
     "train_toy --d-model 30": (2, "d_model 30 does not divide into 4 heads: try 32"),
-    "train_toy --data skils": (2, "'skils' is not one of skills, composition, tinystories, text;"),
+    "train_toy --data skils": (2, "unknown value 'skils'; did you mean skills? (there are: skills"),
     "train_toy --steps 0": (2, "steps is 0; it must be at least 1"),
     "train_toy --top-k 20": (2, "top_k 20 is more than the 16 experts"),
     "train_toy --top-k 1 --norm-topk": (2, "the router gets no gradient; use"),

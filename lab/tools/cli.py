@@ -12,7 +12,7 @@ import typing
 from contextlib import contextmanager
 from pathlib import Path
 
-from lab.tools.kinds import did_you_mean
+from lab.tools.kinds import did_you_mean, one_of, some_of
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -107,14 +107,15 @@ def reader(kind):
     return kind, kind.__name__.upper()
 
 
-def name_reader(names):
-    """The function that accepts one of these names."""
+def name_reader(names, what: str = "value", several=False):
+    """The function that reads one of these names, or several with commas between them."""
+    known = some_of if several else one_of
 
     def read(text):
-        if text in names:
-            return text
-        message = f"{text!r} is not one of {', '.join(names)}{did_you_mean(text, names)}"
-        raise argparse.ArgumentTypeError(message)
+        try:
+            return known(what, text, names)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
     return read
 

@@ -11,23 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lab.tools.kinds import one_of, require, require_kinds, require_least
+from lab.tools.kinds import one_of, require, require_kinds, require_least, some_of
 
-# The names of what is defined elsewhere.
-TASK_NAMES = ("skills", "composition", "tinystories", "text")  # data.py
-PRESET_NAMES = (  # lab/composing/presets.py
-    *("dense", "dense_two", "dense_paper", "smoe_share", "smoe_top3", "hash", "top_p"),
-    *("fine_grained", "fine_grained_no_shared", "cartesian", "cartesian_no_shared"),
-    *("cartesian_parallel", "cartesian_chain", "cartesian_pairs", "cartesian_k1", "cartesian_k4"),
-)
-SURROGATE_NAMES = ("ngd", "kernel_regression", "mode_finding")  # remix.py
-KERNELS = ("gaussian", "matern", "polynomial", "linear")  # pathways/neighbours.py
-TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")  # pathways/similarity.py
-EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")
-BENCHMARK_NAMES = (  # lab/checkpoints/benchmarks.py
-    *("arc_challenge", "arc_easy", "openbookqa", "sciq", "mmlu", "hellaswag", "piqa"),
-    "winogrande",
-)
+
+def defined_in(file: str, name: str):
+    """The statement of a file that defines a class or a table, without importing that file."""
+    source = (Path(__file__).parents[2] / file).read_text(encoding="utf-8")
+    for statement in ast.parse(source).body:
+        target = getattr(statement, "targets", [statement])[0]
+        if name in (getattr(target, "name", None), getattr(target, "id", None)):
+            return statement
+    raise ValueError(f"{file} defines no {name}")
 
 
 def settings_of_file(file: str, name: str) -> type:
@@ -36,13 +30,24 @@ def settings_of_file(file: str, name: str) -> type:
     The class is defined here once more, from its source. So MoEConfig can stand in moe.py and
     RemixConfig in remix.py, where they are read.
     """
-    source = Path(__file__).parents[2] / file
-    for statement in ast.parse(source.read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.ClassDef) and statement.name == name:
-            scope = globals() | {"Callable": Callable}  # the checks and names of this file
-            exec(compile(ast.Module([statement], []), source, "exec"), scope)
-            return scope[name]
-    raise ValueError(f"{source} defines no class {name}")
+    scope = globals() | {"Callable": Callable}  # the checks and names of this file
+    exec(compile(ast.Module([defined_in(file, name)], []), file, "exec"), scope)
+    return scope[name]
+
+
+def names_of_file(file: str, table: str) -> tuple[str, ...]:
+    """The names that stand in a table of such a file: the keys of a dictionary."""
+    return tuple(key.value for key in defined_in(file, table).value.keys)
+
+
+TASK_NAMES = names_of_file("data.py", "TASKS")
+PRESET_NAMES = names_of_file("lab/composing/presets.py", "PRESETS")
+SURROGATE_NAMES = names_of_file("remix.py", "SURROGATES")
+METHOD_NAMES = names_of_file("lab/remixing/methods.py", "METHODS")
+BENCHMARK_NAMES = names_of_file("lab/checkpoints/benchmarks.py", "BENCHMARKS")
+KERNELS = ("gaussian", "matern", "polynomial", "linear")  # pathways/neighbours.py
+TFIDF = ("tfidf", "tfidf-places", "tfidf-bigrams")  # pathways/similarity.py
+EMBEDDINGS = (*TFIDF, "hidden", "pathway", "own")
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -143,13 +148,13 @@ class ChoiceConfig:
     def methods(self) -> list[str]:
         """The methods that are named."""
         known = (*SURROGATE_NAMES, "oracle")
-        return [one_of("method", name, known) for name in self.method.split(",")]
+        return some_of("method", self.method, known)
 
     def reference_sources(self) -> list[tuple[str, str | None]]:
         """The benchmarks that references come from, each with its file."""
         if not self.references:
             return []
-        names = [one_of("benchmark", name, BENCHMARK_NAMES) for name in self.references.split(",")]
+        names = some_of("benchmark", self.references, BENCHMARK_NAMES)
         files = [None] * len(names)
         if self.reference_files:
             files = self.reference_files.split(",")
@@ -184,8 +189,7 @@ class PresetsConfig:
             digits = all(end.isdigit() for end in ends)
             require(digits, f"seeds are {self.seeds!r}; expected numbers, such as 0-12 or 0,5")
             self.seed_list += range(int(ends[0]), int(ends[-1]) + 1)
-        names = self.presets.split(",")
-        self.preset_list = [one_of("preset", name, PRESET_NAMES) for name in names]
+        self.preset_list = some_of("preset", self.presets, PRESET_NAMES)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lab.tools import cli
 from lab.tools.configs import (
+    METHOD_NAMES,
     ChoiceConfig,
     CompositionConfig,
     PresetsConfig,
@@ -101,7 +102,9 @@ def add_sample_flags(parser: cli.Parser):
 
 def add_remix_flags(parser: cli.Parser):
     flag = parser.add_argument
-    flag("--methods", help="rows of the table, such as ngd,oracle (none: all)")
+    what = f"rows of the table, with commas (none: all): {', '.join(METHOD_NAMES)}"
+    reader = cli.name_reader(METHOD_NAMES, "method", several=True)
+    flag("--methods", type=reader, metavar="NAME,NAME", default=METHOD_NAMES, help=what)
     flag("--most", type=int, help="prompts of a run (none: all)")
     flag("--strict", action="store_true", help="no neighbour shares an operand with the prompt")
     flag("--ablate", action="store_true", help="vary one setting of NGD after the other, instead")
@@ -115,6 +118,8 @@ def require_remix_flags(values: dict):
     """Values of re-mixing that fit together."""
     cli.make_config(REMIX_SETTINGS, values)
     folders, beside = values["run"], values["beside"]
+    if values["ablate"] and (beside or values["methods"] is not METHOD_NAMES):
+        raise cli.Usage("--methods and --beside do nothing with --ablate, which varies NGD")
     if beside and len(beside) != max(1, len(folders)):
         fault = f"--beside names {len(beside)} runs for {max(1, len(folders))}"
         raise cli.Usage(f"{fault}; expected one for each, of its seed")

@@ -100,6 +100,11 @@ def one_of(what: str, name: str, known) -> str:
     return named[plain(name)]
 
 
+def some_of(what: str, text: str, known) -> list[str]:
+    """The known names that a text names, with commas between them; each once, see `one_of`."""
+    return list(dict.fromkeys(one_of(what, name, known) for name in text.split(",")))
+
+
 def did_you_mean(name: str, known) -> str:
     """The hint that ends a message about an unknown name.
 

@@ -228,14 +228,14 @@ def remix_command(values: dict) -> int:
     split, most, strict = values["split"], values["most"], values["strict"]
     if len(folders) > 2:
         scipy_stats()  # for the tests at the end: better missed now than then
-    router = chosen_router(values)
+    router, source = chosen_router(values), values["references"]
     torch.set_num_threads(values["threads"])
     processes.join()
 
     # Open the runs.
     arenas = []
     for folder in tqdm(folders, leave=False, disable=None):
-        arenas.append(arena_of(folder, split, most, settings, strict, router))
+        arenas.append(arena_of(folder, split, most, settings, strict, router, source))
     n = len(arenas[0].labels)
     references = arenas[0].references
     right = np.mean([int(arena.references.correct.sum()) for arena in arenas])
@@ -247,6 +247,10 @@ def remix_command(values: dict) -> int:
         text += ", of which none shares an operand with its prompt"
         name += "-strict"
         title += ", no neighbour shares an operand"
+    if source != "reference":
+        text += f", from the split {source}"
+        name += f"-{source}"
+        title += f", references of {source}"
     print(text, end="\n\n")
 
     # Vary NGD, or let all methods compete. Of several processes the first one writes.

@@ -12,6 +12,7 @@ from lab.composing import composition, composition_rows
 from lab.composing.composition import bits_about
 from lab.composing.composition_rows import TESTS, Row, difference, result_of, unseen
 from lab.composing.presets import preset
+from lab.remixing.arena import arena_of
 from moe import IGNORE, MoEConfig
 
 
@@ -134,3 +135,9 @@ def test_the_experiment_trains_what_its_results_lack(tmp_path, monkeypatch, caps
     assert composition.main(["table", *flags]) == 0
     assert (tmp_path / "results.png").stat().st_size > 0
     assert "cartesian, steps 2" in capsys.readouterr().out
+
+    # Trained pairs as references of a run, instead of unseen ones.
+    [run, _] = sorted((tmp_path / "out/test").iterdir())
+    references = arena_of(run, "dev", references="train").references
+    task = CompositionTask(0)
+    assert pairs_of(task, references.tokens) == set(map(tuple, task.pairs["train"].tolist()))

@@ -186,8 +186,16 @@ def judged(arena: Arena, method: Callable, target=None) -> Outcome:
 # -------------------------------------------------------------------------- an arena from a run
 
 
-def arena_of(folder: Path, split: str, most=None, given=None, strict=False, router=None) -> Arena:
-    """The arena of a run: prompts of a split, and all references that its task has.
+def arena_of(
+    folder: Path,
+    split: str,
+    most=None,
+    given=None,
+    strict=False,
+    router=None,
+    references="reference",
+) -> Arena:
+    """The arena of a run: prompts of a split, and all problems of another one as references.
 
     most: so many prompts, drawn at random. given: fields of RemixConfig. strict: no reference
     shares an operand with the prompt that it is to help (skills task only). router: the class of
@@ -195,7 +203,7 @@ def arena_of(folder: Path, split: str, most=None, given=None, strict=False, rout
     # Open the run, and the problems of its task.
     model, train = runs.load_run(folder, router)
     task = load_task(train, model.config.context)
-    asked, solved = task.problems(split), task.problems("reference")
+    asked, solved = task.problems(split), task.problems(references)
     n = len(asked.labels)
     require(n >= 20, f"{folder}: only {n} stories of {split} end with a word of one token")
     require(

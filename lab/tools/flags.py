@@ -107,6 +107,8 @@ def add_remix_flags(parser: cli.Parser):
     flag("--methods", type=reader, metavar="NAME,NAME", default=METHOD_NAMES, help=what)
     flag("--most", type=int, help="prompts of a run (none: all)")
     flag("--strict", action="store_true", help="no neighbour shares an operand with the prompt")
+    what = {"metavar": "SPLIT", "help": "the split that references are from [reference]"}
+    flag("--references", type=cli.name_reader(("reference", "train")), default="reference", **what)
     flag("--ablate", action="store_true", help="vary one setting of NGD after the other, instead")
     what = "runs of a larger model, not re-mixed"
     flag("--beside", nargs="*", type=Path, default=[], help=what)

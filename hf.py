@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import copy
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from lab.checkpoints.untrusted import (
 )
 from lab.tools.checks import annotated, progress, require_finite, torch_defaults
 from lab.tools.files import as_json, whole_folder
-from moe import MoETransformer, named_tensors, require
+from moe import MoETransformer, named_tensors, require, unwrapped
 
 # ------------------------------------------------------------------------------- names of tensors
 
@@ -253,10 +254,12 @@ def require_room(source, model, dtype: str, device, spare: int = 0):
 def save(model, path: str | Path):
     """Write a model as a new folder, which `load` opens, and but for deepseek transformers, too.
 
-    It is written whole or not at all. Dropout is left out. ValueError, with the reason, for what no
-    family can express.
+    It is written whole or not at all; what only training reads is left out. An embedding_scale is
+    multiplied into the embedding, and the output layer written apart from it: the same logits.
+    ValueError, with the reason, for what no family can express.
     """
     path = Path(path)
+    model = without_scale(unwrapped(model))
     name, raw = write_config(model)
     require(not path.exists(), f"{path} is there already; name a new folder")
     tensors = dict(pieces(model, name))
@@ -270,6 +273,22 @@ def save(model, path: str | Path):
             weights.chmod(config.stat().st_mode)  # the library lets nobody else read it
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {path}: {one_line(error)}") from error
+
+
+@torch.no_grad()
+def without_scale(model: MoETransformer) -> MoETransformer:
+    """A model of the same logits whose embedding_scale is 1, as no family has one."""
+    scale = model.config.embedding_scale
+    if scale == 1:
+        return model
+    model = copy.deepcopy(model)
+    if model.unembedding is None:
+        V, D = model.embedding.weight.shape
+        model.unembedding = torch.nn.Linear(D, V, bias=False)
+        model.unembedding.weight = copy.deepcopy(model.embedding.weight)
+    model.embedding.weight.mul_(scale)
+    model.config = replace(model.config, embedding_scale=1.0, tied=False)
+    return model
 
 
 @annotated

@@ -79,6 +79,8 @@ class MoEConfig:
     norm_eps: Annotated[float, "epsilon in RMSNorm"] = 1e-5
     dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
     tied: Annotated[bool, "the output layer is the transposed embedding"] = False
+    embedding_scale: Annotated[float, "embeddings enter the stream times this"] = 1.0
+    residual_init: Annotated[float, "what sub-layers add starts at this / sqrt(fan-in)"] = 0.5
 
     def __post_init__(self):
         require_sizes(self)
@@ -585,7 +587,7 @@ class MoETransformer(nn.Module):
         return [MoE(self.router_class(config), Experts(config), shared)]
 
     def init_weights(self):
-        """Normal, std 1/sqrt(fan-in); half of it where a sub-layer adds to the residual stream.
+        """Normal, std 1/sqrt(fan-in); residual_init of it where a sub-layer adds to the stream.
 
         Router and output layer start near zero, so that experts start as equals and the first loss
         is close to ln V.
@@ -600,7 +602,7 @@ class MoETransformer(nn.Module):
             elif name.endswith(("unembedding.weight", "router.weight")):
                 std = 0.02
             elif name.endswith((".o.weight", ".down", ".down.weight")):
-                std = 0.5 * std
+                std = self.config.residual_init * std
             nn.init.normal_(weight, std=std)
 
     def forward(self, tokens, targets=None, valid=None, cache=None, imposed=None) -> Output:
@@ -632,7 +634,7 @@ class MoETransformer(nn.Module):
     def embed(self, tokens):
         """tokens (B, T) -> (B, T, D). ValueError for tokens outside the vocabulary."""
         require_tokens(tokens, self.config.vocab_size)
-        return self.dropout(self.embedding(tokens.long()))
+        return self.dropout(self.embedding(tokens.long()) * self.config.embedding_scale)
 
     @annotated
     def run_blocks(
@@ -767,7 +769,7 @@ class MoETransformer(nn.Module):
                 if len(new) == n_tokens or ended.all():
                     break
                 column = token[:, None]  # (B, 1)
-                x = self.embedding(column)  # (B, 1, D)
+                x = self.embedding(column) * self.config.embedding_scale  # (B, 1, D)
                 flow = next(flows)._replace(tokens=column)
                 for block in self.blocks:
                     x = block(x, flow)

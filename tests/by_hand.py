@@ -239,7 +239,7 @@ VARIANTS = {
     "shared": {"d_shared": 5},
     "dense-layers": {"dense_layers": (0,), "d_dense": 7},
     "norm-topk": {"norm_topk": True},
-    "tied": {"tied": True},
+    "tied": {"tied": True, "embedding_scale": 4.0},
     "top-1": {"top_k": 1},
     "top-all": {"top_k": E},
 }

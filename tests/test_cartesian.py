@@ -91,6 +91,20 @@ def test_block_equals_its_equations(name):
         close(model.run_blocks(x, last=1)[0], expected)
 
 
+@pytest.mark.parametrize("name", ["cartesian", *full("hash", *ROUTED)])
+def test_residual_init(name):
+    """It scales what sub-layers add, that of attention too, and nothing else."""
+    weights = []
+    for init in (0.5, 0.05):
+        torch.manual_seed(0)
+        config = preset(name, replace(TOY_SIZES, residual_init=init))
+        weights.append(dict(build_model(asdict(config)).named_parameters()))
+    adds = [name for name in weights[0] if name.endswith((".o.weight", ".down", ".down.weight"))]
+    for name, weight in weights[0].items():
+        close(weights[1][name], 0.1 * weight if name in adds else weight, 1e-6)
+    assert len(adds) >= 3 * TOY_SIZES.n_layers  # attention, experts, a shared expert
+
+
 # ---- what every transformer of ours must be
 
 

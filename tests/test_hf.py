@@ -96,8 +96,9 @@ def test_equals_transformers(case, tmp_path):
 
 
 SMALL = {"d_model": 16, "n_layers": 2, "n_experts": 4, "top_k": 2, "d_expert": 8}
+TRAINED = {"dropout": 0.1, "residual_init": 0.05}  # what no checkpoint says
 TOYS = {  # family -> a model of ours that belongs to it
-    "olmoe": {"norm_topk": True, "clip_qkv": 0.5, "tied": True, "n_kv_heads": 2, "dropout": 0.1},
+    "olmoe": {"norm_topk": True, "clip_qkv": 0.5, "tied": True, "n_kv_heads": 2},
     "mixtral": {"qk_norm": "none", "norm_topk": True, "head_dim": 6, "norm_eps": 1e-6},
     "qwen3_moe": {"qk_norm": "head", "dense_layers": (1,), "d_dense": 9, "head_dim": 10},
     "deepseek": {"qk_norm": "none", "dense_layers": (0,), "d_shared": 16, "context": 512},
@@ -107,7 +108,7 @@ TOYS = {  # family -> a model of ours that belongs to it
 @pytest.mark.parametrize("family", ["olmoe", "deepseek", *full("mixtral", "qwen3_moe")])
 def test_save(family, tmp_path):
     """A model of ours opens in transformers with the same logits; here it comes back unchanged."""
-    model = scattered(MoETransformer(MoEConfig(**SMALL | TOYS[family])))
+    model = scattered(MoETransformer(MoEConfig(**SMALL | TRAINED | TOYS[family])))
     tokens = torch.randint(48, (2, 9))
     hf.save(model, tmp_path / "saved")
     back, _ = hf.load(tmp_path / "saved")
@@ -121,6 +122,24 @@ def test_save(family, tmp_path):
     with refused("is there already"):
         hf.save(model, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]  # and no temporary folder
+
+
+@torch.no_grad()
+def test_save_with_embedding_scale(tmp_path):
+    """The scale goes into the embedding: the same logits to 1e-6, here and in transformers."""
+    config = MoEConfig(**SMALL, tied=True, embedding_scale=11.3)
+    model = scattered(MoETransformer(config)).double()
+    tokens = torch.randint(48, (2, 9))
+    expected = model(tokens).logits
+    hf.save(model, tmp_path / "saved")
+    back, _ = hf.load(tmp_path / "saved")
+    assert (back.config.embedding_scale, back.config.tied) == (1, False)
+    close(back(tokens).logits, expected, 1e-6)
+    assert torch.equal(model(tokens).logits, expected)  # saving leaves it as it was
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM
+    options = {"experts_implementation": "eager", "dtype": torch.float64}
+    theirs = theirs.from_pretrained(tmp_path / "saved", **options)
+    close(theirs(tokens).logits, expected, 1e-6)
 
 
 CANNOT = {

@@ -89,7 +89,7 @@ def test_page_equals_remix(browser, arena):
 KINDS = {
     "grouped heads, QK-norm by head": {"n_kv_heads": 2, "qk_norm": "head", "norm_topk": True},
     "a dense layer, shared experts": {"dense_layers": (0,), "d_shared": 8, "qk_norm": "none"},
-    "Cartesian": {"n_sublayers": 2, "d_shared": 8, "tied": True},
+    "Cartesian": {"n_sublayers": 2, "d_shared": 8, "tied": True, "embedding_scale": 3.0},
     "side by side": {"layer": "parallel", "norm_topk": True},
     "top-p": {"layer": "moe", "router": "top_p", "norm_topk": True},
 }

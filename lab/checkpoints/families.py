@@ -154,6 +154,7 @@ OPTIONAL = {
     "norm_topk": False,
     "tied": False,
 }
+TRAINING = ("dropout", "residual_init")  # fields of MoEConfig that a trained model does not need
 HIGH = {"n_layers": 256, "context": 2**30}
 
 
@@ -282,12 +283,12 @@ def write_config(model):
         "dtype": str(model.embedding.weight.dtype).removeprefix("torch."),
     }
 
-    # Read it back: what differs cannot be expressed. Dropout is left out, and without dense layers
-    # their width means nothing.
+    # Read it back: what differs cannot be expressed. What only training reads is left out, and
+    # without dense layers their width means nothing.
     _, back, _ = read_config(raw, "config.json")
     lost = {}
     for field, value in vars(c).items():
-        unused = field == "dropout" or (field == "d_dense" and not c.dense_layers)
+        unused = field in TRAINING or (field == "d_dense" and not c.dense_layers)
         if not unused and getattr(back, field) != value:
             lost[field] = value
     problem = f"with qk_norm {c.qk_norm!r} this would be {name}, which cannot have {lost}"

@@ -25,7 +25,7 @@ import torch
 
 from cartesian import TOY
 from data import load_task
-from lab.composing.effects import BASE
+from lab.composing.effects import BASE, EARLIER
 from lab.composing.presets import build_model, preset
 from lab.composing.robustness import activated_parameters, measure_robustness
 from lab.composing.sharing import composed_blocks, measure_sharing
@@ -41,6 +41,7 @@ from moe import MoEConfig, require
 SAME = ("data", "tokenizer", "device")
 SIZES = ("d_model", "n_layers", "context", "vocab_size")
 FREE = {"preset", "seed", "lr", "steps", "eval_every", *SAME}
+TOLD = ("steps", "lr", "norm_topk", "dropout", "embedding_scale", "residual_init", "device")
 
 # What the results file says of a run, among others.
 RUN_FORM = dict.fromkeys(("preset", "tokenizer", "device", "data"), str)
@@ -69,7 +70,7 @@ def train_command(plan: PresetsConfig) -> int:
     files = {"data_file": plan.data_file, "valid_file": plan.valid_file}
     text = {"data": "text", "tokenizer": plan.tokenizer} | files
     task = load_task(text | {"seed": 0}, TOY["context"])
-    same = ("steps", "lr", "norm_topk", "dropout", "tokenizer", "device")
+    same = (*TOLD, "tokenizer")
     settings = {name: getattr(plan, name) for name in same} | {"data": text_digest(task)}
     new = settings | {"settings": {"model": {}, "train": {}}}
     require_comparable([*read_runs(plan.results), new], plan.results)
@@ -78,7 +79,7 @@ def train_command(plan: PresetsConfig) -> int:
         # Seed by seed, so that pairs are complete early.
         for seed, name in itertools.product(plan.seed_list, plan.preset_list):
             run = {"preset": name, "seed": seed} | settings
-            if any(run.items() <= line.items() for line in read_runs(plan.results)):
+            if any(run.items() <= (EARLIER | line).items() for line in read_runs(plan.results)):
                 continue
 
             # Train it, from where it was cut off.
@@ -112,8 +113,7 @@ def run_folder(out: str, run: dict) -> Path:
 
 def training_flags(run: dict, text: dict) -> dict:
     """What train_toy.py has to be told of a run."""
-    names = ("preset", "seed", "steps", "lr", "norm_topk", "dropout", "device")
-    settings = {name: run[name] for name in names} | text
+    settings = {name: run[name] for name in ("preset", "seed", *TOLD)} | text
     return settings | {"eval_every": max(1, run["steps"] // 5)}
 
 

@@ -13,6 +13,7 @@ from lab.composing.presets import PRESETS
 from lab.tools import statistics
 
 BASE = "fine_grained"
+EARLIER = {"embedding_scale": 1.0, "residual_init": 0.5}  # how runs start whose lines do not say
 MARGIN = 0.5  # percent of perplexity: an interval inside of +-0.5 is "no difference"
 
 
@@ -31,6 +32,10 @@ def group_runs(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
             name += " norm"
         if line["dropout"]:
             name += f" dropout {line['dropout']:g}"
+        start = EARLIER | line
+        for mark, field in (("scale", "embedding_scale"), ("init", "residual_init")):
+            if start[field] != EARLIER[field]:
+                name += f" {mark} {start[field]:g}"
         kinds.setdefault(name, {})[line["seed"]] = line
     return kinds
 

@@ -223,7 +223,9 @@ class Model {
   /** One token through all layers. The tape holds what `gradient` needs. */
   step(token, past, pathway) {
     const D = this.config.d_model;
-    let x = Float64Array.from(this.embedding.data.subarray(token * D, (token + 1) * D));
+    const scale = this.config.embedding_scale ?? 1; // pages of earlier versions do not say it
+    const embedding = this.embedding.data.subarray(token * D, (token + 1) * D);
+    let x = Float64Array.from(embedding, (each) => scale * each);
     const tape = [];
     const rows = [];
     this.blocks.forEach((block, layer) => {

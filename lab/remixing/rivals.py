@@ -135,7 +135,8 @@ def prefix_tuning(model, length: int) -> Front:
 
 def mean_embedding(model, length: int):
     """Where soft prompts start: the mean of all embeddings, (1, length, D)."""
-    return model.embedding.weight.detach().mean(0).expand(1, length, -1)
+    mean = model.embedding.weight.detach().mean(0) * model.config.embedding_scale  # (D,)
+    return mean.expand(1, length, -1)
 
 
 def on_device(device, tokens, lengths):

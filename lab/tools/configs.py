@@ -178,6 +178,8 @@ class PresetsConfig:
     lr: Annotated[float, "peak learning rate"] = 3e-3
     norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
     dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
+    embedding_scale: Annotated[float, "embeddings enter the stream times this"] = 1.0
+    residual_init: Annotated[float, "what sub-layers add starts at this / sqrt(fan-in)"] = 0.5
     device: Annotated[Literal["cpu", "cuda"], "where to train"] = "cpu"
     results: Annotated[str, "the file of results"] = "results/compare.jsonl"
     out: Annotated[str, "where the folders of the runs are"] = "out/compare"

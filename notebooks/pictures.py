@@ -228,6 +228,44 @@ def two_readings():
     return fig
 
 
+def pair_tables(tables: dict[str, np.ndarray], unseen: np.ndarray, title: str):
+    """Which pairs of functions are answered right: name of a model -> shares (F, G).
+
+    unseen (F, G): the pairs that were never trained; they are framed.
+    """
+    fig, axes = figure(3.0 * len(tables) + 0.6, 3.6, ncols=len(tables), squeeze=False)
+    for ax, (name, shares) in zip(axes[0], tables.items(), strict=True):
+        image = ax.imshow(100 * shares, cmap="Blues", vmin=0, vmax=100)
+        for row, column in np.argwhere(unseen):
+            corner = (column - 0.4, row - 0.4)
+            ax.add_patch(Rectangle(corner, 0.8, 0.8, fill=False, edgecolor=ORANGE, linewidth=1.2))
+        ax.set(xticks=[], yticks=[], xlabel="second function, g")
+        ax.set_title(f"{name}\n{shares[unseen].mean():.0%} of the unseen", fontsize=9, color=INK)
+    axes[0, 0].set_ylabel("first function, f")
+    fig.colorbar(image, ax=axes, label="numbers answered right (%)", pad=0.01)
+    fig.suptitle(f"{title} Framed: pairs never trained", fontsize=10, color=INK)
+    return fig
+
+
+def function_maps(maps: dict[str, tuple], title: str):
+    """Which expert serves which function: name of a router -> shares of visits (F, E) and (G, E).
+
+    Experts stand in the order of the function that they serve most.
+    """
+    fig, axes = figure(2.9 * len(maps) + 0.6, 4.4, nrows=2, ncols=len(maps), squeeze=False)
+    for column, (name, both) in zip(axes.T, maps.items(), strict=True):
+        for ax, letter, shares in zip(column, "fg", both, strict=True):
+            order = shares.argmax(0).argsort(kind="stable")
+            image = ax.imshow(
+                100 * shares[:, order], cmap="magma_r", vmin=0, vmax=50, aspect="auto"
+            )
+            ax.set(xticks=[], yticks=[], xlabel="experts", ylabel=f"function {letter}")
+        column[0].set_title(name, fontsize=9, color=INK)
+    fig.colorbar(image, ax=axes, label="visits (%)", pad=0.01)
+    fig.suptitle(title, fontsize=10, color=INK)
+    return fig
+
+
 # ---- notebook 4: re-mixing at test time
 
 
@@ -465,6 +503,37 @@ def ten_steps(
     right.margins(y=0.2)
     right.legend(fontsize=8, frameon=False)
     fig.suptitle(title, color=INK, fontsize=10)
+    return fig
+
+
+# ---- notebook 6: sharing and robustness
+
+
+def first_choice_lost():
+    """A router's probabilities, and what a token visits once its first choice is disabled."""
+    fig, ax = canvas(8.4, 2.5)
+    shares = (0.09, 0.38, 0.06, 0.12, 0.28, 0.07)
+    cases = {"as it is: the two best of six": (1, 4), "first choice disabled": (4, 3)}
+    for place, (title, visited) in enumerate(cases.items()):
+        left = 0.7 + 4.2 * place
+        write_text(ax, left + 1.45, 2.25, title, size=10)
+        for expert, share in enumerate(shares):
+            x = left + 0.58 * expert
+            colour = ORANGE if expert in visited else GREY
+            disabled = place == 1 and expert == 1
+            ax.bar(
+                x,
+                3.2 * share,
+                bottom=0.65,
+                width=0.36,
+                color=colour,
+                alpha=0.3 + 0.7 * (not disabled),
+            )
+            write_text(ax, x, 0.72 + 3.2 * share, f"{share:.0%}")
+            box(ax, x, 0.38, f"$E_{expert + 1}$", 0.44, 0.36, colour, expert in visited)
+            if disabled:
+                ax.plot((x - 0.2, x + 0.2), (0.2, 0.56), color=INK, linewidth=2)
+    write_text(ax, 7.0, 1.92, "lost: 38 of the 66 % that it wanted", ORANGE)
     return fig
 
 

@@ -9,19 +9,6 @@ from data import perplexity
 from lab.composing.sharing import use_ratios
 from lab.tools.figures import BLUE, COLOURS, GREY, INK, ORANGE, figure, panels, save_figure
 
-# How the figure of robustness marks a protocol, and names it. "layer" and "noise" are several.
-MARKS = {
-    "top-1": ("*", "top-1 everywhere (the paper)"),
-    "rescaled": ("P", "top-1, the others rescaled"),
-    "A": ("<", "A only"),
-    "B": (">", "B only"),
-    "a quarter": ("s", "a quarter of a token's experts"),
-    "a half": ("D", "a half"),
-    "layer": (".", "one layer"),
-    "not": ("v", "all but the first layer"),
-    "noise": ("x", "noise on the logits"),
-}
-
 
 def effects_figure(
     effects: dict,
@@ -64,19 +51,22 @@ def robustness_figure(
     path: Path | None = None,
     leading: tuple[str, ...] = (),
 ):
-    """Perplexity against the share of the routing mass that is lost.
+    """Perplexity against the share of the routing mass that is lost, and its null.
+
+    Solid: first choices are disabled, for none to all of the tokens. Dashed, the null: the routing
+    is disturbed at random, by more and more noise on the logits.
 
     models: name -> the rows of `measure_robustness`. Where some of them lead, each of the others
-    has a small panel of its own below, with the lines of the leading ones in grey.
+    has a small panel of its own below, with the lines of the leading ones behind it.
     """
     large = {name: rows for name, rows in models.items() if name in leading} or models
     small = {name: rows for name, rows in models.items() if name not in large}
     n_rows = -(-len(small) // 4)
-    heights = [4.4] + [1.7] * n_rows
+    heights = [4.2] + [1.7] * n_rows
     size = {"nrows": 1 + n_rows, "ncols": 4, "height_ratios": heights, "squeeze": False}
     fig, axes = figure(8.4, sum(heights), sharey="row", **size)
 
-    # The models that lead, with all protocols.
+    # The models that lead.
     grid = axes[0, 0].get_gridspec()
     for ax in axes[0]:
         ax.remove()
@@ -84,24 +74,32 @@ def robustness_figure(
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8, colors=INK)
     for (name, rows), colour in zip(large.items(), cycle(COLOURS)):
-        ax.plot(*mass_line(rows), color=colour, linewidth=2, label=name)
-        draw_protocols(ax, rows, colour)
-    shown = {mark_of(protocol) for rows in large.values() for protocol in rows}
-    for mark, label in MARKS.values():
-        if mark in shown:
-            ax.plot([], [], mark, color=INK, markersize=5, label=label)
-    ax.set_xlabel("share of the routing mass that is lost")
-    ax.set_title(
-        "Lower is better. Lines: first choices disabled, with probability 0 to 1", fontsize=10
+        masses, perplexities = mass_line(rows, "q", "top-1")
+        ax.plot(masses, perplexities, color=colour, linewidth=2, label=name)
+        ax.plot(masses[-1], perplexities[-1], "*", color=colour, markersize=13)
+        ax.plot(*mass_line(rows, "noise"), "o--", color=colour, linewidth=1.2, markersize=3)
+    ax.plot(
+        [], [], color=INK, linewidth=2, label="first choices disabled, for 0 to 100 % of tokens"
     )
-    ax.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
+    ax.plot([], [], "*", color=INK, markersize=10, label="for all tokens: the paper's protocol")
+    ax.plot(
+        [],
+        [],
+        "o--",
+        color=INK,
+        markersize=3,
+        label="the null, a random disturbance: noise on the logits",
+    )
+    ax.set_xlabel("routing mass that is lost (%)", fontsize=9)
+    ax.set_title("What wrong routing costs; lower is better", fontsize=10, color=INK)
+    ax.legend(fontsize=9, frameon=False)
     perplexity_axis(ax)
 
-    # Each of the others beside them.
+    # Each of the others, before them.
     for ax, (name, rows) in zip(axes[1:].flat, small.items(), strict=False):
-        for other in large.values():
-            ax.plot(*mass_line(other), color=GREY, linewidth=1)
-        ax.plot(*mass_line(rows), color=BLUE, linewidth=2)
+        for other, colour in zip(large.values(), cycle(COLOURS)):
+            ax.plot(*mass_line(other, "q", "top-1"), color=colour, linewidth=1, alpha=0.7)
+        ax.plot(*mass_line(rows, "q", "top-1"), color=INK, linewidth=2)
         ax.set_title(name, fontsize=8, color=INK)
         perplexity_axis(ax)
     for ax in axes[1:].flat[len(small) :]:
@@ -110,36 +108,20 @@ def robustness_figure(
 
 
 def perplexity_axis(ax):
-    """A logarithmic axis of perplexities with plain numbers."""
-    ax.set(yscale="log", xlim=(-0.01, 1.02))
+    """A logarithmic axis of perplexities with plain numbers, over per cent of the mass."""
+    ax.set(yscale="log", xlim=(-1, 102))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("{x:g}")
-    ax.tick_params(which="minor", labelsize=6)
+    ax.tick_params(which="minor", labelsize=7)
     if ax.get_subplotspec().is_first_col():
         ax.set_ylabel("perplexity", fontsize=8)
 
 
-def mass_line(rows: dict) -> tuple:
-    """From intact over q to top-1: the mass that is lost, and perplexity."""
-    keys = [key for key in rows if key in ("intact", "top-1") or key.startswith("q")]
-    points = sorted((rows[key]["mass"], perplexity(rows[key]["loss"])) for key in keys)
+def mass_line(rows: dict, *protocols: str) -> tuple:
+    """From intact over these protocols, named by their beginnings: the lost mass, perplexity."""
+    keys = [key for key in rows if key.startswith(("intact", *protocols))]
+    points = sorted((100 * rows[key]["mass"], perplexity(rows[key]["loss"])) for key in keys)
     return tuple(zip(*points, strict=True))
-
-
-def mark_of(protocol: str) -> str | None:
-    """The mark of a protocol in the figure of robustness, if it has one."""
-    key = protocol if protocol in MARKS else protocol.split()[0]
-    return MARKS[key][0] if key in MARKS else None
-
-
-def draw_protocols(ax, rows: dict, colour: str):
-    """A point for each protocol; hollow where others may lie below it."""
-    for protocol, row in rows.items():
-        mark = mark_of(protocol)
-        if mark:
-            size = {"*": 12, ".": 5}.get(mark, 5)
-            look = {"markersize": size, "fillstyle": "none" if mark in "*D" else "full"}
-            ax.plot(row["mass"], perplexity(row["loss"]), mark, color=colour, **look)
 
 
 def sharing_figure(rows: list[dict], title: str, path: Path | None = None):

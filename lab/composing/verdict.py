@@ -228,15 +228,18 @@ def draw_comparison(lines: list[dict], steps: int, folder: Path):
     """Draw effects, robustness, and what composed experts of one run share, into a folder."""
     kinds = group_runs(lines, steps)
     words = kinds_in_words(kinds)
-    seeds = {name: f"{words[name]} ({len(kinds[name])} seeds)" for name in kinds}
+    seeds = {}
+    for name, runs in kinds.items():
+        count = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        seeds[name] = f"{words[name]} ({count})"
     effects = {seeds[name]: effect for name, effect in effects_against_base(kinds).items()}
     title = f"Perplexity after {steps:,} steps, against fine-grained experts"
     name, ours = main_kind(kinds, "cartesian")
     base_name, _ = main_kind(kinds, BASE)
     draw_effects(effects, title, folder / "effects.png", seeds.get(name, ""))
 
-    means = {words[kind]: rows for kind, rows in mean_robustness(kinds).items()}
-    leading = (words.get(base_name), words.get(name))
+    means = {seeds[kind]: rows for kind, rows in mean_robustness(kinds).items()}
+    leading = (seeds.get(base_name), seeds.get(name))
     robustness_figure(means, folder / "robustness.png", leading)
 
     shared = [run["sharing"] for run in ours.values() if "sharing" in run]

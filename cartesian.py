@@ -54,6 +54,8 @@ TOY = {
     "n_layers": 4,
     "n_heads": 4,
     "tied": True,
+    "embedding_scale": 11.3,  # sqrt(d_model): else tokens drown in what the first block adds
+    "residual_init": 0.05,
     "n_experts": 8,
     "top_k": 2,
     "d_expert": 64,

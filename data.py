@@ -489,6 +489,7 @@ class TextData(Task):
     remix_settings: ClassVar = {"embedding": "tfidf", "loss": "options"}
     preset_sizes: ClassVar = {"vocab_size": 2048, "n_experts": 8, "top_k": 2, "tied": True}
     preset_sizes |= {"d_expert": 64, "d_shared": 64}
+    preset_sizes |= {"embedding_scale": 11.3, "residual_init": 0.05}  # see cartesian.py
     next_commands: ClassVar = {
         "python eval.py sample": "let it tell a story",
         "python eval.py routing": "which expert does what",

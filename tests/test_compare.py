@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from lab.composing.sharing import (
     shuffled_information,
     use_ratios,
 )
+from lab.composing.verdict import DECLARATIONS, comparison_report
 
 
 class Windows:
@@ -222,6 +224,27 @@ def test_table(tmp_path, capsys):
     assert {file.name for file in tmp_path.glob("*.png")} == {"effects.png", "robustness.png"}
 
 
+def test_when_a_declared_test_ends():
+    """By the width of its interval alone, within its limits; before that nothing is said."""
+
+    def ended(n, scatter, gap=0.0):
+        lines = []
+        for seed in range(n):
+            noise = scatter * (-1) ** seed
+            lines.append(line("cartesian", seed, 2 + gap + noise, steps=2500))
+            lines.append(line("fine_grained", seed, 2 - noise, steps=2500))
+        seeds, effect = DECLARATIONS["third"].outcome(lines)
+        assert seeds == list(range(n))
+        report = comparison_report(lines, 2500, DECLARATIONS["third"])
+        assert report.endswith(f"running: {n} of at least 12 pairs") == (effect is None)
+        return effect is not None
+
+    for gap in (0.0, 0.02):
+        assert not ended(0, 0.001) and not ended(11, 0.001, gap) and ended(12, 0.001, gap)
+        assert not ended(12, 0.01, gap) and ended(36, 0.01, gap)
+        assert not ended(37, 0.1, gap) and ended(38, 0.1, gap)
+
+
 HASH = line("hash", 0, 2.0)
 REFUSED = {
     "data abc, xyz; name": line("hash", 1, 2.0, data="xyz"),
@@ -253,6 +276,11 @@ def test_train(tmp_path, monkeypatch):
     (run,) = compare.read_runs("r")
     assert {"train", "dev", "robustness", "sharing", "curve"} <= run.keys()
     assert run["total"] == 1_419_904
+
+    ended = mock.Mock(**{"outcome.return_value": ([], True)})  # a declared test
+    monkeypatch.setitem(compare.DECLARATIONS, "r", ended)
+    assert compare.main([*flags, "--data-file=fox", "--seeds=1", "--until-told"]) == 0
+    assert len(compare.read_runs("r")) == 1
 
     with refused("would mix runs that cannot be compared: data"):
         compare.main([*flags, "--data-file=dog"])

@@ -75,9 +75,12 @@ def train_command(plan: PresetsConfig) -> int:
     new = settings | {"settings": {"model": {}, "train": {}}}
     require_comparable([*read_runs(plan.results), new], plan.results)
 
+    declared = DECLARATIONS.get(Path(plan.results).stem)
     with cli.Interrupt() as interrupt:
         # Seed by seed, so that pairs are complete early.
         for seed, name in itertools.product(plan.seed_list, plan.preset_list):
+            if plan.until_told and declared and declared.outcome(read_runs(plan.results))[1]:
+                break
             run = {"preset": name, "seed": seed} | settings
             if any(run.items() <= (EARLIER | line).items() for line in read_runs(plan.results)):
                 continue
@@ -245,7 +248,7 @@ def table_command(plan: PresetsConfig) -> int:
     problem = f"{plan.results}: no run has {plan.steps} steps"
     require(plan.steps in steps, f"{problem}; there are runs of {steps or 'none'}")
     path = Path(plan.results)
-    print(comparison_report(lines, plan.steps, DECLARATIONS.get(path.stem, "")))
+    print(comparison_report(lines, plan.steps, DECLARATIONS.get(path.stem)))
     draw_comparison(lines, plan.steps, path.parent)
     return 0
 

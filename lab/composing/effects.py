@@ -162,7 +162,7 @@ def effects_against_base(kinds: dict) -> dict[str, Effect | None]:
     return effects
 
 
-def effects_by_steps(lines: list[dict]) -> dict[str, Effect | None]:
+def effects_by_steps(lines: list[dict], at_the_end=paired_effect) -> dict[str, Effect | None]:
     """Cartesian against BASE after each number of steps, and on dev on the way there."""
     effects = {}
     for steps in sorted({line["steps"] for line in lines}):
@@ -178,6 +178,6 @@ def effects_by_steps(lines: list[dict]) -> dict[str, Effect | None]:
             effects[f"step {curve[place][0]} of {steps} (dev)"] = unpaired_effect(a, b)
 
         # At the end.
-        effect = paired_effect(test_losses(ours), test_losses(theirs))
+        effect = at_the_end(test_losses(ours), test_losses(theirs))
         effects[f"{steps} steps, {name} against {base_name}"] = effect
     return effects

@@ -103,8 +103,8 @@ def protocols(model) -> dict:
     """Name of a protocol -> (routers, change) for `disturbed`.
 
     intact      no change
-    top-1       the paper's Table 4: the first choice of each token is disabled at every router,
-                and the next k are taken; the others keep their probabilities
+    top-1       the paper's Table 4, as we read it: at every router each token's first choice is
+                disabled, and the next k are taken; the others keep their probabilities
     rescaled    the other reading of it: the others grow to a sum of 1
     A, B        top-1 at that router of each block only
     a quarter   of the experts that a token visits, whatever k is, the best; likewise a half

@@ -88,11 +88,13 @@ def text_blocks() -> dict:
         "ablation": lambda: sweep_table(stored_result("remix-skills-dev-ablation")),
         "compare": partial(declared_report, "compare"),
         "second": partial(declared_report, "second"),
+        "third": partial(declared_report, "third"),
         "composition": lambda: composition_rows.composition_table(stored_compositions()),
         "gain": partial(stored_gain, "gain"),
         "gain-half": partial(stored_gain, "gain-half"),
         "trend": lambda: "\n".join(verdict.trend_lines(stored_runs("trend", "second"))),
-        "sweep": learning_rates,
+        "sweep": partial(tries, "sweep"),
+        "start": partial(tries, "start"),
         "speed": lambda: speed_report(stored_result("speed")),
         "cost": lambda: cost_report(stored_result("speed")),
     }
@@ -120,12 +122,11 @@ def declared_report(name: str) -> str:
     return verdict.comparison_report(stored_runs(name), 2500, verdict.DECLARATIONS[name])
 
 
-def learning_rates() -> str:
-    """The runs at which learning rates were chosen, after 800 and after 2500 steps."""
-    tables = []
-    for steps in (800, 2500):
-        kinds = group_runs(stored_runs("sweep"), steps)
-        tables.append(verdict.overview_table(kinds, steps))
+def tries(name: str) -> str:
+    """The runs at which settings were chosen, by their number of steps."""
+    lines, tables = stored_runs(name), []
+    for steps in sorted({line["steps"] for line in lines}):
+        tables.append(verdict.overview_table(group_runs(lines, steps), steps))
     return "\n\n".join(tables)
 
 

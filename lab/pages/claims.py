@@ -169,6 +169,7 @@ def setting_rows() -> list[Claim]:
 CARTESIAN_TESTS = {  # results/NAME.jsonl -> the claim of its declared test
     "compare": "Cartesian against fine-grained experts",
     "second": "Cartesian against fine-grained experts, at lower rates",
+    "third": "Cartesian against fine-grained experts, with the better start",
 }
 COMPOSED = (  # the declared tests on pairs of functions
     "Cartesian against fine-grained experts, unseen pairs of functions",

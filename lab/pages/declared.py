@@ -3,17 +3,12 @@
 Only these have a bold verdict in the table of claims; all else is exploratory.
 """
 
+import math
 from typing import NamedTuple
 
 from lab.composing import composition_rows
-from lab.composing.effects import (
-    BASE,
-    describe_effect,
-    group_runs,
-    main_kind,
-    paired_effect,
-    test_losses,
-)
+from lab.composing.effects import BASE, describe_effect
+from lab.composing.verdict import DECLARATIONS
 from lab.pages.stored import stored_compositions, stored_result, stored_runs
 from lab.remixing.tables import DECLARED_AGAINST
 from lab.tools.statistics import in_points
@@ -25,10 +20,6 @@ ARMS = {
     "remix-first-test": "",
     "remix-first-test-strict": ", no neighbour shares an operand",
     "remix-skills-test": "",
-}
-COMPARISONS = {  # results/NAME.jsonl -> level of significance, what is said of it
-    "compare": (0.01, ""),
-    "second": (0.005, ", at rates chosen after 2,500 steps"),
 }
 UNTOLD = "inconclusive"
 
@@ -42,10 +33,13 @@ class Test(NamedTuple):
     p: float  # of a paired t-test, two-sided
     alpha: float  # what was asked of p
     outcome: str  # what holds if p is small enough
+    running: str = ""  # where the test has not ended: how far it is
 
     @property
     def verdict(self) -> str:
         """What may be said of the claim."""
+        if self.running:
+            return self.running
         return f"**{self.outcome if self.p < self.alpha else UNTOLD}**"
 
 
@@ -69,15 +63,15 @@ def remixing_tests(name: str) -> dict[str, Test]:
 
 def cartesian_test(name: str) -> Test:
     """The test of a comparison of presets: Cartesian against fine-grained experts."""
-    kinds = group_runs(stored_runs(name), 2500)
-    (_, ours), (_, theirs) = (main_kind(kinds, preset) for preset in ("cartesian", BASE))
-    effect = paired_effect(test_losses(ours), test_losses(theirs))
+    declared = DECLARATIONS[name]
+    lines = stored_runs(name)
+    seeds, effect = declared.outcome(lines)
+    claim = f"cartesian has a lower perplexity than {BASE}{declared.words}"
+    if effect is None:
+        return Test(claim, seeds, "-", math.nan, declared.alpha, "", declared.running(lines))
     text, _, outcome = describe_effect(effect).partition(": ")
     outcome = {"lower": "holds here", "higher": "the other way"}.get(outcome, outcome)
-    alpha, words = COMPARISONS[name]
-    claim = f"cartesian has a lower perplexity than {BASE}{words}"
-    seeds = sorted(ours.keys() & theirs.keys())
-    return Test(claim, seeds, text, effect.p, alpha, outcome)
+    return Test(claim, seeds, text, effect.p, declared.alpha, outcome)
 
 
 def composition_tests() -> list[Test]:
@@ -95,16 +89,18 @@ def composition_tests() -> list[Test]:
 def declared_table() -> str:
     """All tests, in markdown."""
     tests = [test for name in ARMS for test in remixing_tests(name).values()]
-    tests += [cartesian_test(name) for name in COMPARISONS]
+    tests += [cartesian_test(name) for name in DECLARATIONS]
     tests += composition_tests()
     text = DECLARED_HEAD + "|---|---|---|---|---|---|\n"
     for test in tests:
-        seeds = f"{test.seeds[0]} to {test.seeds[-1]}"
+        seeds = f"{test.seeds[0]} to {test.seeds[-1]}" if test.seeds else "-"
         cells = [test.claim, seeds, test.effect, p_value(test.p), f"<{test.alpha}", test.verdict]
         text += f"| {' | '.join(cells)} |\n"
     return text
 
 
 def p_value(p: float) -> str:
-    """A p-value, as people write it."""
+    """A p-value, as people write it; "-" for NaN."""
+    if math.isnan(p):
+        return "-"
     return "<0.0001" if p < 1e-4 else f"{p:.2g}"

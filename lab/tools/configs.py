@@ -181,6 +181,7 @@ class PresetsConfig:
     embedding_scale: Annotated[float, "embeddings enter the stream times this"] = 1.0
     residual_init: Annotated[float, "what sub-layers add starts at this / sqrt(fan-in)"] = 0.5
     device: Annotated[Literal["cpu", "cuda"], "where to train"] = "cpu"
+    until_told: Annotated[bool, "stop where the file's declared test has ended"] = False
     results: Annotated[str, "the file of results"] = "results/compare.jsonl"
     out: Annotated[str, "where the folders of the runs are"] = "out/compare"
 

@@ -213,11 +213,7 @@ def mode_finding(core: Core, loss, near: Neighbours, config: RemixConfig):
     return w
 
 
-SURROGATES = {
-    "ngd": ngd,
-    "kernel_regression": kernel_regression,
-    "mode_finding": mode_finding,
-}
+SURROGATES = {"ngd": ngd, "kernel_regression": kernel_regression, "mode_finding": mode_finding}
 
 
 # ---------------------------------------------------------------------------------------- 4. remix

@@ -157,7 +157,7 @@ def remix_benchmark(model, plan: Comparison, choice) -> int:
     path = Path(choice.out or f"out/choice/{name}.jsonl")
 
     # Let the methods compete, block by block. A rerun continues.
-    methods = [TABLE_NAMES[name] for name in choice.methods()]
+    methods = ["base", *(TABLE_NAMES[name] for name in choice.methods())]
     blocks = dict(enumerate(torch.arange(n).split(BLOCK)))
     with kept_answers(path, about) as answers:
         left = sorted(blocks.keys() - answers.kept.keys())
@@ -171,7 +171,7 @@ def remix_benchmark(model, plan: Comparison, choice) -> int:
                 arena = Arena(
                     model, tokens, labels, references, plan.config, lengths, options, prefixes={}
                 )
-                outcomes[i] = as_lists(compete(arena, methods))
+                outcomes[i] = as_lists(compete([arena], methods))
             for theirs in processes.gathered(outcomes):
                 answers.add(theirs)
             bar.update(sum(len(blocks[piece]) for piece in pieces))
@@ -236,10 +236,10 @@ def kept_references(path: Path, model, solved: Problems) -> ReferenceSet:
     return references
 
 
-def as_lists(outcomes: dict[str, Outcome]) -> dict[str, list]:
-    """The outcomes of a block, for a line of JSON."""
+def as_lists(outcomes) -> dict[str, list]:
+    """The outcomes of a block, as `compete` yields them, for a line of JSON."""
     lists = {}
-    for name, outcome in outcomes.items():
+    for name, (outcome,) in outcomes:
         *columns, seconds = outcome
         lists[name] = [column.tolist() for column in columns] + [seconds]
     return lists

@@ -82,12 +82,18 @@ class Arena:
         answer = best_token(result.logits, self.options)
         return float((answer == self.labels).float().mean())
 
-    def only(self, rows) -> "Arena":
-        """An arena of some prompts only: a slice, or a mask (n,) of those that are kept."""
+    def only(self, rows, places=None) -> "Arena":
+        """An arena of some prompts only: a slice, or a mask (n,) of those that are kept.
+
+        places: of the references that are kept; None: all."""
         changes = {"about": None}
         for name in ("tokens", "labels", "lengths", "options", "allowed"):
             value = getattr(self, name)
             changes[name] = None if value is None else value[rows]
+        if places is not None:
+            changes["references"] = self.references.some(places)
+            if self.allowed is not None:
+                changes["allowed"] = changes["allowed"][:, places]
         return replace(self, **changes)
 
     def cold(self) -> "Arena":

@@ -10,45 +10,50 @@ from lab.tools import cli, flags
 if __name__ == "__main__":
     cli.read_first(flags.words, __doc__)
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
 from lab.remixing.arena import Arena, Outcome, arena_of, judged, own_answers
 from lab.remixing.cost import count_operations
-from lab.remixing.methods import METHODS, run_method
-from lab.remixing.rivals import larger_model
+from lab.remixing.methods import METHODS, run_method, tuned_settings
+from lab.remixing.rivals import STEPS, larger_model
 from lab.remixing.tables import DECLARED_AGAINST, SHOWN, gain_table, main_table
 from lab.scores.evaluation import router_names
 from lab.tools import processes, statistics
+from lab.tools.checks import progress
 from lab.tools.files import read_json
 from moe import require
 from pathways import near_copies
 from pathways.checks import as_tuples
 
 
-def compete(arena: Arena, names, given: dict | None = None, share=False) -> dict[str, Outcome]:
-    """The model as it is, and then every method. given: settings for NGD and its controls.
+def compete(arenas: list[Arena], names, given: dict | None = None):
+    """Let methods answer the prompts of some arenas. given: settings for NGD and its controls.
 
-    share: each of several processes judges some of the methods."""
-    outcomes = {"base": judged(arena, own_answers)}
+    Yields the name of each, "base" for the model as it is, and how it did on every arena."""
+    bar = progress(None, "methods", total=len(names) * len(arenas))
+    with closing(bar):
+        for name in names:
+            outcomes = []
+            try:
+                for arena in arenas:
+                    target_of = name != "base" and METHODS[name].target
+                    target = target_of(arena) if target_of else None
+                    outcomes.append(judged(arena, method_of(name, given), target))
+                    bar.update()
+            except ValueError as error:  # the other rows are worth having
+                cli.note(f"no row {name}: {error}")
+            else:
+                yield name, outcomes
 
-    # Every method of ours, and then those of the other processes.
-    ours = names[processes.rank() :: processes.count()] if share else names
-    for name in tqdm(ours, leave=False, disable=None, desc="methods"):
-        target_of = METHODS[name].target
-        target = target_of(arena) if target_of else None
-        method = partial(run_method, name, given=given)
-        try:
-            outcomes[name] = judged(arena, method, target)
-        except ValueError as error:  # the other rows are worth having
-            cli.note(f"no row {name}: {error}")
-    if share:
-        for theirs in processes.gathered(outcomes)[::-1]:  # base as the first one had it
-            outcomes |= theirs
-    return {name: outcomes[name] for name in ("base", *names) if name in outcomes}
+
+def method_of(name: str, given: dict | None):
+    """A method, or the model as it is: a function (arena, **changes) -> RemixResult."""
+    return own_answers if name == "base" else partial(run_method, name, given=given)
 
 
 def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None) -> dict:
@@ -91,24 +96,50 @@ def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None
     return rows
 
 
+def compete_and_count(arenas: list[Arena], names, given: dict) -> tuple[dict, bool]:
+    """Every method on all arenas, and what it costs on the first: name -> outcomes, operations.
+
+    Each of several processes takes some of the methods. Of one, Ctrl-C leaves out those that are
+    not finished: then the second value is true."""
+    found = {}
+    try:
+        for name, outcomes in compete(arenas, names[processes.rank() :: processes.count()], given):
+            found[name] = outcomes, *operations(name, arenas[0], given)
+    except KeyboardInterrupt:
+        if processes.count() > 1 or "base" not in found:
+            raise
+        return found, True
+    for theirs in processes.gathered(found):
+        found |= theirs
+    return found, False
+
+
 def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title: str) -> dict:
     """All methods on all runs -> all that the report says and the figures show.
 
-    folders: of the runs. beside: of runs of a larger model, one for each arena, or none."""
+    folders: of the runs. beside: of runs of a larger model, one for each arena, or none. Where
+    Ctrl-C ends it, `missing` names the methods that have no row."""
+    # What each run has found, and a larger model beside it.
+    names = ["base", *names]
+    found, interrupted = compete_and_count(arenas, names, given)
     runs = []
-    for i, arena in enumerate(tqdm(arenas, desc="runs", leave=False, disable=None)):
-        outcomes = compete(arena, names, given, share=True)
+    for i, arena in enumerate(arenas):
+        runs.append({name: found[name][0][i] for name in names if name in found})
         if beside:
-            outcomes["larger, dense"] = larger_model(arena, beside[i])
-        runs.append(outcomes)
-    names = [name for name in names if all(name in outcomes for outcomes in runs)]
+            runs[i]["larger, dense"] = larger_model(arena, beside[i])
 
-    # Every method on all prompts, and on subsets of them; what it costs, on some of them.
-    clusters = [arena.clusters for arena in arenas]
-    rows = pooled(runs, clusters)
+    # On all prompts, and on subsets of them.
+    rows = pooled(runs, [arena.clusters for arena in arenas])
     gains, sizes = pooled_subsets(runs, arenas)
-    n = len(arenas[0].labels)
-    multiples, once = costs_in_passes(arenas[0].only(slice(64)), names, given, n)
+
+    # The cost in forward passes of base.
+    n, forward = len(arenas[0].labels), found["base"][2]
+    costs, once = {}, {}
+    for name in [name for name in rows if name in found]:
+        _, paid_once, each = found[name]
+        costs[name] = (each + paid_once / n) / forward
+        if paid_once:
+            once[name] = paid_once / forward
     result = {
         "title": title,
         "runs": [folder.name for folder in folders],
@@ -116,7 +147,7 @@ def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title:
         "content": [arena.content for arena in arenas],
         "prompts": n,
         "rows": rows,
-        "costs": multiples,
+        "costs": costs,
         "once": once,
         "subsets": gains,
         "sizes": sizes,
@@ -131,10 +162,11 @@ def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title:
         result["errors"] = {name: mistake_shares(outcomes[name], arenas) for name in shown}
     if len(runs) > 2:
         result["p"], result["ahead"] = declared_tests(rows)
-    result["example"] = largest_gain(arenas[0], given)
     if "NGD" in rows:
         result["cases"] = cases(runs[0], arenas[0])
-    return result
+    if interrupted:
+        return result | {"missing": [name for name in names if name not in found]}
+    return result | {"example": largest_gain(arenas[0], given, runs[0])}
 
 
 def short(text: str, most: int = 60) -> str:
@@ -201,22 +233,33 @@ def subset_masks(arena: Arena) -> dict[str, np.ndarray]:
     return {name: mask.numpy() for name, mask in masks.items()}
 
 
-def costs_in_passes(arena: Arena, names, given: dict, n: int) -> tuple[dict, dict]:
-    """The floating-point operations of each method, everything included, in forward passes of base:
-    those for a prompt, and of them those that are paid once, which n prompts share."""
-    size = len(arena.labels)
-    half = arena.only(slice(size // 2))
-    forward = count_operations(partial(own_answers, arena)) / size
-    multiples, once = {"base": 1.0}, {}
-    for name in tqdm(names, leave=False, disable=None, desc="operations"):
-        total = count_operations(partial(run_method, name, arena.cold(), given)) / forward
-        multiples[name] = total / size
-        if METHODS[name].trains_once:
-            # Half of the prompts cost half as much, but what is paid once.
-            few = count_operations(partial(run_method, name, half.cold(), given)) / forward
-            once[name] = total - size * (total - few) / (size - len(half.labels))
-            multiples[name] = (total - once[name]) / size + once[name] / n
-    return multiples, once
+def operations(name: str, arena: Arena, given: dict | None) -> tuple[float, float]:
+    """The floating-point operations of a method: of what it does once, for all prompts, and of all
+    that it does for a prompt besides. They are counted on a few prompts.
+
+    What is done once is as much for every step, or for every reference: so it is counted for a
+    few of these, and for twice as many."""
+    method, n = method_of(name, given), min(64, len(arena.labels))
+    once_for_each = METHODS[name].once_for_each if name != "base" else None
+    if once_for_each is None:
+        return 0.0, count_operations(partial(method, arena.only(slice(n)).cold())) / n
+
+    # A few references, those first that are answered right.
+    m = len(arena.references.labels)
+    few = min(max(64, arena.config.k), m // 2)
+    order = arena.references.correct.int().argsort(descending=True, stable=True)
+
+    def count(n_prompts, times):
+        some = arena.only(slice(n_prompts), order[: times * few]).cold()
+        steps = {"steps": times} if once_for_each == "step" else {}
+        return count_operations(partial(method, some, **steps))
+
+    first, second, half = count(n, 1), count(n, 2), count(n // 2, 1)
+    each = (first - half) / (n - n // 2)
+    times = m / few
+    if once_for_each == "step":
+        times = tuned_settings(name, arena).get("steps", STEPS)
+    return first - n * each + (times - 1) * (second - first), each
 
 
 def dropped_copies(arena: Arena) -> int:
@@ -241,9 +284,13 @@ def mistake_shares(outcomes: list[Outcome], arenas: list[Arena]) -> list[float]:
     return np.mean(shares, 0).tolist()
 
 
-def largest_gain(arena: Arena, given: dict) -> dict:
+def largest_gain(arena: Arena, given: dict, outcomes: dict[str, Outcome]) -> dict:
     """The prompt that NGD helps most: its last tokens, the right answer's probability before and
-    after, and pathways."""
+    after, and pathways. It is one of those that NGD mends, if it is known which these are."""
+    if "NGD" in outcomes:
+        mended = outcomes["NGD"].right & ~outcomes["base"].right
+        if mended.any():
+            arena = arena.only(torch.from_numpy(mended))
     result = run_method("NGD", arena, given)
     label = arena.labels[:, None]  # (n, 1)
     before = result.logits_before.softmax(-1).gather(1, label)[:, 0]  # (n,)
@@ -278,7 +325,8 @@ def taste_of_remixing(folder: Path, router: type | None = None) -> str:
     if int(arena.references.correct.sum()) < 100:
         return "fewer than 100 references are answered right: too few to re-mix by"
     names = ("mode finding", "kernel regression", "NGD", "random neighbours", "oracle")
-    rows = pooled([compete(arena, names)], [arena.clusters])
+    outcomes = {name: outcome for name, (outcome,) in compete([arena], ["base", *names])}
+    rows = pooled([outcomes], [arena.clusters])
     return f"re-mixing its experts, {len(arena.labels)} test prompts:\n\n{main_table(rows, {})}"
 
 

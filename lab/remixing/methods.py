@@ -22,7 +22,7 @@ class Method:
     like: str | None = None  # the method whose settings it shares
     tries: list[dict] = field(default_factory=list)  # what is tried on dev
     tuned: dict[str, dict] = field(default_factory=dict)  # task -> the best of them there
-    trains_once: bool = False  # something for all prompts, which share the cost
+    once_for_each: str | None = None  # step, reference: what is done once, for all prompts
     target: Callable | None = None  # (arena) -> (n,) what counts as right, if not the labels
 
     def __post_init__(self):
@@ -61,13 +61,13 @@ METHODS = {
         corrections.carried_corrections,
         tries=grid(k=[3, 8, 16, 32], scale=[1.0, 2.0]),
         tuned={"skills": {"k": 8, "scale": 2.0}},
-        trains_once=True,
+        once_for_each="reference",
     ),
     "mended pathways": Method(
         corrections.mended_pathways,
         tries=grid(k=[3, 8], share=[0.25, 0.5, 0.75, 1.0]),
         tuned={"skills": {"k": 8, "share": 0.75}},
-        trains_once=True,
+        once_for_each="reference",
     ),
     "in-context": Method(
         rivals.in_context,
@@ -78,13 +78,13 @@ METHODS = {
         partial(rivals.for_all, kind=rivals.prefix_tuning),
         tries=grid(lr=[3e-3, 1e-2, 3e-2, 1e-1], length=[4, 16]),
         tuned={"skills": {"lr": 1e-1, "length": 16}},
-        trains_once=True,
+        once_for_each="step",
     ),
     "soft prompt for all": Method(
         partial(rivals.for_all, kind=rivals.soft_prompt),
         tries=grid(lr=[3e-3, 1e-2, 3e-2, 1e-1], length=[4, 16]),
         tuned={"skills": {"lr": 3e-2, "length": 4}},
-        trains_once=True,
+        once_for_each="step",
     ),
     "prefix for each": Method(
         partial(rivals.for_each, kind=rivals.prefix_tuning),
@@ -100,19 +100,19 @@ METHODS = {
         rivals.router_tuning,
         tries=grid(lr=[1e-3, 3e-3, 1e-2, 3e-2], steps=[100, 300]),
         tuned={"skills": {"lr": 1e-2, "steps": 300}},
-        trains_once=True,
+        once_for_each="step",
     ),
     "RoMA": Method(
         rivals.router_tuning,
         tries=grid(lr=[3e-3, 1e-2], steps=[100, 300], pull=[0.03, 0.3]),
         tuned={"skills": {"lr": 3e-3, "steps": 100, "pull": 0.03}},
-        trains_once=True,
+        once_for_each="step",
     ),
     "full fine-tuning": Method(
         rivals.full_fine_tuning,
         tries=grid(lr=[1e-4, 3e-4, 1e-3, 3e-3], steps=[100, 300]),
         tuned={"skills": {"lr": 3e-3, "steps": 300}},
-        trains_once=True,
+        once_for_each="step",
     ),
     "noisy ensemble": Method(
         controls.noisy_ensemble,
@@ -133,7 +133,7 @@ METHODS = {
         tuned={"skills": {"k": 8, "lr": 0.5}},
     ),
     "shuffled corrections": Method(
-        corrections.shuffled_corrections, like="corrections", trains_once=True
+        corrections.shuffled_corrections, like="corrections", once_for_each="reference"
     ),
     "kNN vote": Method(
         controls.knn_vote,

@@ -23,6 +23,8 @@ from pathways import Tail, cross_entropy, find_neighbours, frozen, padded, porti
 from pathways.checks import as_tuples
 from pathways.prompts import trimmed
 
+STEPS = 100  # of training, unless a method was tuned to others
+
 
 def in_context(arena: Arena, k: int = 3):
     """The k nearest neighbours with their answers before the prompt, the nearest last.
@@ -175,7 +177,7 @@ def for_each(arena: Arena, kind: Callable, length: int = 1, **settings):
     return own_answers(arena)._replace(logits=torch.cat(logits).cpu())
 
 
-def for_all(arena: Arena, kind: Callable, length: int = 1, lr=1e-2, steps=100, batch=64):
+def for_all(arena: Arena, kind: Callable, length: int = 1, lr=1e-2, steps=STEPS, batch=64):
     """One front for all prompts, fitted to all usable references: the paper's own rival.
 
     kind: `soft_prompt` or `prefix_tuning`."""
@@ -233,7 +235,7 @@ def answers_of(arena: Arena, model):
     return after._replace(pathway_before=before.pathway, logits_before=before.logits)
 
 
-def tuned_model(arena: Arena, only_routers, lr=1e-3, steps=100, batch=64, pull=0.0):
+def tuned_model(arena: Arena, only_routers, lr=1e-3, steps=STEPS, batch=64, pull=0.0):
     """A copy of the model, fitted to all usable references at once.
 
     pull: the weight of RoMA's regulariser (arXiv 2511.07419), the squared distance between a

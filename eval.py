@@ -19,6 +19,7 @@ if __name__ == "__main__":
     cli.read_first(flags.eval_flags, __doc__)  # before torch is imported, which takes seconds
 
 import codecs
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,9 +271,21 @@ def remix_command(values: dict) -> int:
         if processes.rank() > 0:
             return 0
         print(contest_report(result))
+        if "missing" in result:
+            return tell_missing(result, out, name)
         paths = contest_figures(result, str(out / name))
     print("\nwrote", ", ".join(map(str, paths)), "(look at them)")
     return save_scores(out, name, result)
+
+
+def tell_missing(result: dict, folder: Path, name: str) -> int:
+    """Write an interrupted contest, and say what is missing, and how to go on -> the exit code."""
+    print()
+    save_scores(folder, f"{name}-interrupted", result)
+    missing = ",".join(result["missing"])
+    more = cli.command("python", *sys.argv, "--methods", missing, "--out", folder / "rest")
+    print(f"interrupted: {len(result['missing'])} methods are missing; for them:\n    {more}")
+    return 130
 
 
 def robustness_command(values: dict) -> int:

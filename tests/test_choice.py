@@ -24,8 +24,10 @@ from lab.checkpoints.questions import as_problems, make_prompts, text_pairs
 from lab.checkpoints.tokenizer import read_tokenizer
 from lab.remixing.arena import Arena
 from lab.remixing.contest import compete
+from lab.remixing.methods import METHODS
 from lab.scores.cloze import answer_questions
 from lab.tools.files import read_about
+from lab.tools.kinds import one_of
 from moe import MoEConfig, MoETransformer
 from pathways import ReferenceSet, Tail, prompts, references
 from remix import RemixConfig
@@ -575,10 +577,11 @@ def test_shared_work_changes_nothing(method, folder):
     known = ReferenceSet.build(model, solved, labels, options)
     known.correct[:] = True
     arena = Arena(model, tokens, labels, known, RemixConfig(batch=4), lengths, options)
-    alone = compete(arena, [remixed.TABLE_NAMES[method]])
-    together = compete(replace(arena, prefixes={}), [remixed.TABLE_NAMES[method]])
-    for name, outcome in alone.items():
-        for ours, theirs in zip(together[name][:3], outcome[:3], strict=True):
+    names = ["base", one_of("method", method, METHODS)]
+    alone = dict(compete([arena], names))
+    together = dict(compete([replace(arena, prefixes={})], names))
+    for name, (outcome,) in alone.items():
+        for ours, theirs in zip(together[name][0][:3], outcome[:3], strict=True):
             assert (ours == theirs).all()
 
 

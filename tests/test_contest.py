@@ -15,7 +15,7 @@ from pretended import PretendedDevice, move
 import eval as eval_py
 from lab.remixing import cost
 from lab.remixing.arena import Arena, Outcome, judged, own_answers
-from lab.remixing.contest import cases, pooled, run_contest
+from lab.remixing.contest import cases, operations, pooled, run_contest
 from lab.remixing.controls import wrong_labels
 from lab.remixing.corrections import carried_corrections, mended_pathways, shuffled_corrections
 from lab.remixing.methods import METHODS, Method, run_method, tuned_settings
@@ -51,7 +51,7 @@ def arena() -> Arena:
 
 def brief(name) -> dict:
     """Settings by which even what trains once is soon done."""
-    trains = name in METHODS and METHODS[name].trains_once
+    trains = name in METHODS and METHODS[name].once_for_each
     return {"steps": 5, "batch": 8} if trains else {}
 
 
@@ -208,6 +208,19 @@ def test_formula_is_what_the_profiler_counts():
     assert olmoe == pytest.approx([0.18, 0.25, 3.0, 40], rel=0.1)
 
 
+COUNTED = ["router tuning", "corrections", *full("NGD", "prefix for all", "RoMA", "in-context")]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_operations_are_those_of_the_whole_method(name):
+    """What is counted on a few references or steps is what the method does with all of them."""
+    arena = an_arena((4, 4, 4), 90)
+    once, each = operations(name, arena, {})
+    whole = cost.count_operations(lambda: run_method(name, arena.cold()))
+    assert once + 6 * each == pytest.approx(whole, rel=1e-3)
+    assert (once > 0) == (name in [other for other in METHODS if METHODS[other].once_for_each])
+
+
 def test_what_does_not_fit_is_left_out(arena, capsys):
     """Where the context is full a prompt stands alone, and is answered as without examples."""
     arena.model.config.context = 9  # the prompts have 3 to 5 tokens, an example 4 to 6
@@ -228,6 +241,24 @@ def test_a_method_that_fails_costs_its_row_only(arena, monkeypatch, capsys):
     assert [*result["rows"]] == ["base", "NGD", "oracle"]
     assert "no row entropy: too large" in capsys.readouterr().err
     contest_report(result)
+
+
+def test_an_interrupted_contest_keeps_its_rows(arena, call, monkeypatch, capsys):
+    """Ctrl-C: the rows so far are shown and kept, and a command is named for the others."""
+
+    def interrupt(arena, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_py, "arena_of", lambda *given: arena)
+    monkeypatch.setitem(METHODS, "entropy", Method(interrupt, like="NGD"))
+    assert call(eval_py, "remix a --methods oracle,entropy,NGD") == 130
+    text = capsys.readouterr().out
+    assert "oracle" in text and text.endswith(
+        "interrupted: 2 methods are missing; for them:\n    python eval remix a --methods "
+        "oracle,entropy,NGD --methods entropy,NGD --out a/rest\n"
+    )
+    result = json.loads(Path("a/remix-dev-interrupted.json").read_text())
+    assert [*result["rows"]] == ["base", "oracle"] and result["missing"] == ["entropy", "NGD"]
 
 
 def test_cases_are_in_words(arena):

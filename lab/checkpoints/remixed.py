@@ -18,11 +18,13 @@ from lab.checkpoints.benchmarks import Item, not_asked
 from lab.checkpoints.questions import Prompt, as_problems, make_prompts, tell_cuts
 from lab.remixing.arena import Arena, Outcome, selected
 from lab.remixing.contest import compete, pooled
+from lab.remixing.methods import METHODS
 from lab.remixing.tables import CONTEST_LEGEND, main_table
 from lab.tools import processes
 from lab.tools.checks import progress, require
 from lab.tools.cli import note
 from lab.tools.files import digest, owned
+from lab.tools.kinds import some_of
 from pathways import ReferenceSet, critical_layers, fingerprint
 from pathways.checks import as_tuples, require_gradient, require_layer
 from pathways.prompts import MOST_TOKENS
@@ -31,12 +33,6 @@ from remix import RemixConfig
 # Memory of torch's library: it keeps a thousand products' code in bfloat16.
 KERNEL_BYTES = 1_300_000_000
 BLOCK = 64  # questions that are re-mixed between two lines of the file of answers
-TABLE_NAMES = {  # as --method names them -> as the table does
-    "mode_finding": "mode finding",
-    "kernel_regression": "kernel regression",
-    "ngd": "NGD",
-    "oracle": "oracle",
-}
 SHARED = """\
 Prompts and neighbours are read once for all rows: ms is what a row adds to those above it."""
 
@@ -150,14 +146,14 @@ def remix_benchmark(model, plan: Comparison, choice) -> int:
         "references": choice.references,
         "settings": plan.settings,
         "prompts": problems_digest(asked) + problems_digest(solved),
-        "methods": choice.method,
+        "methods": choice.methods(),
         "block": BLOCK,
     }
     name = f"{Path(choice.model).name}-{choice.task}-remixed-{digest(repr(about))[:8]}"
     path = Path(choice.out or f"out/choice/{name}.jsonl")
 
     # Let the methods compete, block by block. A rerun continues.
-    methods = ["base", *(TABLE_NAMES[name] for name in choice.methods())]
+    methods = ["base", *some_of("method", choice.method, METHODS)]
     blocks = dict(enumerate(torch.arange(n).split(BLOCK)))
     with kept_answers(path, about) as answers:
         left = sorted(blocks.keys() - answers.kept.keys())

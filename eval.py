@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import Task, load_task
 from lab.checkpoints import choice
@@ -42,7 +41,7 @@ from lab.scores.cloze import answer_questions, most_frequent, share_right
 from lab.scores.evaluation import router_names
 from lab.scores.specialisation import specialisation
 from lab.tools import figures, processes, runs
-from lab.tools.checks import undisturbed
+from lab.tools.checks import progress, undisturbed
 from lab.tools.files import as_json, write
 from lab.tools.report import label
 from lab.tools.statistics import scipy_stats, share_interval
@@ -235,7 +234,7 @@ def remix_command(values: dict) -> int:
 
     # Open the runs.
     arenas = []
-    for folder in tqdm(folders, leave=False, disable=None):
+    for folder in progress(folders, "opening"):
         arenas.append(arena_of(folder, split, most, settings, strict, router, source))
     n = len(arenas[0].labels)
     references = arenas[0].references

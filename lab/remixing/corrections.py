@@ -10,7 +10,7 @@ import torch
 
 from lab.remixing import controls
 from lab.remixing.arena import Arena
-from lab.tools.checks import annotated, require
+from lab.tools.checks import annotated, progress, require
 from moe import unwrapped
 from pathways import Neighbours, ReferenceSet, Tail, critical_layers, frozen
 from pathways.checks import require_gradient
@@ -60,7 +60,7 @@ def mend(model, references: ReferenceSet, config: RemixConfig):
     own = tail.pathways(references).to(tail.device)
     mended = []
     with frozen(model), torch.no_grad():
-        for rows in torch.arange(len(own)).split(config.batch):
+        for rows in progress(torch.arange(len(own)).split(config.batch), "mending"):
             # Each is the one neighbour of itself.
             near = Neighbours(rows[:, None], own.new_ones(len(rows), 1), None, own)
             loss = NeighbourLoss(tail, near, references, config)

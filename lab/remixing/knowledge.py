@@ -21,13 +21,13 @@ if __name__ == "__main__":
 from dataclasses import replace
 
 import torch
-from tqdm import tqdm
 
 from data import Prompts, SkillsTask
 from lab.remixing.arena import Arena, arena_of
 from lab.remixing.corrections import mend
 from lab.remixing.methods import tuned_settings
 from lab.remixing.reach import measure_reach, reach_table, targets_of
+from lab.tools.checks import progress
 from lab.tools.files import as_json, write
 from lab.tools.statistics import mean_interval, with_interval
 from moe import require
@@ -56,7 +56,7 @@ def main(argv=None) -> int:
 def measure_knowledge(arenas: list[Arena]) -> dict:
     """All three measurements on several runs, in fractions, with 95 % intervals."""
     targets, shares, answers = [], [], []
-    for arena in tqdm(arenas, desc="runs", leave=False, disable=None):
+    for arena in progress(arenas, "runs"):
         require(arena.about is not None, "only prompts of the skills task have cue and operands")
         targets.append(targets_of(arena))
         solved = SkillsTask(arena.seed).prompts("reference")

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lab.remixing.arena import Arena, own_answers
 from lab.remixing.controls import towards
 from lab.remixing.methods import tuned_settings
 from lab.tools import cli, statistics
+from lab.tools.checks import progress
 from lab.tools.statistics import with_interval
 from pathways import best_token
 
@@ -53,7 +53,7 @@ def targets_of(arena: Arena) -> Targets:
 
     # One label after the other, for all prompts: columns (n,).
     prior, reached, right, other = [], [], [], []
-    for label in tqdm(arena.references.labels.unique(), desc="labels", leave=False, disable=None):
+    for label in progress(arena.references.labels.unique(), "labels"):
         result = towards(arena, label.expand(len(answer)), settings)
         prior.append(probs[:, label])
         reached.append(best_token(result.logits, arena.options) == label)

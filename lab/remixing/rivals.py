@@ -17,6 +17,7 @@ import torch
 
 from lab.remixing.arena import Arena, Outcome, own_answers
 from lab.tools import runs
+from lab.tools.checks import progress
 from lab.tools.cli import note
 from moe import Cache, Router, require
 from pathways import Tail, cross_entropy, find_neighbours, frozen, padded, portions
@@ -207,7 +208,7 @@ def train_weights(weights, loss: Callable, m: int, generator, lr: float, steps: 
 
     loss: the mean loss of those at some places (batch,)."""
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-    for step in range(steps):
+    for step in progress(range(steps), "training"):
         pick = torch.randint(m, (batch,), generator=generator)
         loss(pick).backward()
         for group in optimizer.param_groups:

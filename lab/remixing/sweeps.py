@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lab.remixing.arena import Arena, arena_of, judged, own_answers
 from lab.remixing.contest import pooled
 from lab.remixing.methods import METHODS, tuned_settings
 from lab.remixing.rivals import descend
+from lab.tools.checks import progress
 from lab.tools.kinds import plain
 from pathways import ReferenceSet, frozen, nearest, similarity
 from pathways.checks import as_tuples
@@ -127,7 +127,7 @@ def run_sweeps(arenas: list[Arena]) -> dict[str, dict]:
     bases = [judged(arena, own_answers) for arena in arenas]
     tuned = [judged(arena, with_settings) for arena in arenas]
     result = {}
-    for what, variations in tqdm(SWEEPS.items(), leave=False, disable=None, desc="sweeps"):
+    for what, variations in progress(SWEEPS.items(), "sweeps"):
         result[what] = {}
         for value, variation in variations.items():
             outcomes = [judged(arena, variation) for arena in arenas]
@@ -162,7 +162,7 @@ def main(argv) -> int:
     # Every method with each of its settings: the mean accuracy of all runs.
     base = np.mean([arena.accuracy(own_answers(arena)) for arena in arenas])
     rows = [["base", f"{base:.1%}", "", ""]]
-    for name in tqdm(named or tunable, desc="methods", leave=False, disable=None):
+    for name in progress(named or tunable, "methods"):
         method = METHODS[name]
         shares = []
         for settings in method.tries:

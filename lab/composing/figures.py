@@ -210,6 +210,7 @@ def composition_figure(
             points = np.multiply(100, values)
             second.plot([decay] * len(values), points, "o", color=colours[name], markersize=3)
     second.set_xscale("log", base=2)
+    second.xaxis.set_major_formatter("{x:g}")
     second.set(xlabel="weight decay", ylabel="unseen pairs answered right (%)", ylim=(0, 102))
     second.set_title("What weight decay does (dev seeds)", fontsize=9)
     second.legend(frameon=False, fontsize=8)

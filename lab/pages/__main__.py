@@ -92,6 +92,8 @@ def text_blocks() -> dict:
         "composition": lambda: composition_rows.composition_table(stored_compositions()),
         "gain": partial(stored_gain, "gain"),
         "gain-half": partial(stored_gain, "gain-half"),
+        "gain-pairs": partial(stored_gain, "gain-pairs"),
+        "gain-pairs-train": partial(stored_gain, "gain-pairs-train"),
         "trend": lambda: "\n".join(verdict.trend_lines(stored_runs("trend", "second"))),
         "sweep": partial(tries, "sweep"),
         "start": partial(tries, "start"),

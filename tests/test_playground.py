@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from browser import Browser, chromium
 
-from data import SkillsTask, TextData
+from data import CompositionTask, SkillsTask, TextData
 from lab.composing.presets import build_model
 from lab.playground.page import assemble, data_of, model_of, page_data
 from lab.remixing.arena import Arena
@@ -279,11 +280,40 @@ def test_every_guide(browser):
 def test_a_question_of_ones_own(browser):
     """Menus ask any question, and the page knows what is right."""
     browser.open(DOCS)
-    browser.run("at('own-question').open = true")
     task = SkillsTask(0)
-    for name, value in {"dialect": 2, "a": 3, "b": 4, "cue": 20}.items():
-        menu = f"document.querySelector('[name={name}]')"
-        browser.run(f"{menu}.value = {value}, {menu}.onchange()")
+    choose(browser, dialect=2, a=3, b=4, cue=20)
     assert browser.run("state.tokens") == [45, 3, 4, 36]
     assert browser.run("state.label") == task.answer[20, 2, 3, 4]
     assert browser.run("state.other") == task.other[20, 2, 3, 4]
+
+
+def choose(browser, **values):
+    """Choose from the menus of a question."""
+    browser.run("at('own-question').open = true")
+    for name, value in values.items():
+        menu = f"document.querySelector('[name={name}]')"
+        browser.run(f"{menu}.value = {value}, {menu}.onchange()")
+
+
+@pytest.mark.full
+@needs_browser
+@pytest.mark.parametrize("trained", [True, False], ids=["a trained pair", "an unseen pair"])
+def test_a_composition(trained, browser, tmp_path):
+    """The page says how g(f(x)) comes about, and whether the pair was trained; A and B are rows."""
+    task, path = CompositionTask(0), tmp_path / "page.html"
+    data = page_data(random_model(vocab_size=task.vocab_size, **KINDS["Cartesian"]), task, "pairs")
+    path.write_text(assemble(data), encoding="utf-8")
+    browser.open(path)
+    f, g = task.pairs["train" if trained else "dev"][0].tolist()
+    choose(browser, f=f, g=g, x=7)
+    tokens, label = task.solved(np.array([[f, g]]), np.array([7]))
+    middle = task.functions[0, f, 7]
+    assert browser.run("state.tokens") == tokens[0].tolist()
+    assert browser.run("state.label") == label.item()
+    assert browser.run("at('said').textContent") == f"What is g{g}(f{f}(7))?"
+    why = browser.run("at('why').textContent")
+    assert f"f{f}(7) = {middle}, then g{g}({middle}) = {label.item()}." in why
+    assert ("It was trained on these" if trained else "It never saw these") in why
+    places = browser.run("[...document.querySelectorAll('.place')].map((e) => e.textContent)")
+    assert places == ["layer 1 B", "layer 1 A", "layer 0 B", "layer 0 A"]
+    assert browser.problems == []

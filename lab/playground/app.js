@@ -13,10 +13,8 @@ const cellAt = (r, e) => at(`cell-${r}-${e}`);
 
 const model = new Model(config, readWeights(data.shapes, data.weights));
 const prompts = unpackPrompts(data.prompts);
-const skills = data.task === "skills";
-const speaker = skills
-  ? new SkillsSpeaker(data.words)
-  : new TextSpeaker(data.words, config.context);
+const Speaker = { skills: SkillsSpeaker, composition: CompositionSpeaker }[data.task] ?? TextSpeaker;
+const speaker = new Speaker(data.words, config.context);
 const references = data.references && readReferences(data.references);
 
 function readReferences({ prompts, labels, correct, options, corpus }) {

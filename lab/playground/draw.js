@@ -99,7 +99,7 @@ function buildPathway() {
     at("pathway").prepend(links(r + 1), row);
   });
   cellAt(0, 0).tabIndex = 0;
-  at("figure").classList.toggle("tall", places.length > 5 || !skills);
+  at("figure").classList.toggle("tall", places.length > 5 || speaker.bars === "rows");
   at("figure").classList.toggle("many", E > 20);
 }
 

@@ -64,9 +64,8 @@ def page_data(model, task, name: str) -> dict:
     weights = dict(model.named_parameters())
     halves = torch.cat([weight.detach().flatten() for weight in weights.values()]).half()
     settings = RemixConfig(**task.remix_settings | METHODS["NGD"].tuned.get(task.name, {}))
-    skills = task.name == "skills"
     references, asked = helpers_of(model, task), problems_of(task)
-    if skills:
+    if task.encoding is None:
         asked = selected(asked, helped_most(model, asked, references, settings))
     return {
         "name": name,
@@ -81,7 +80,7 @@ def page_data(model, task, name: str) -> dict:
         "prompts": packed_prompts(asked.tokens, asked.lengths),
         "labels": asked.labels.tolist(),
         "favourites": favourites(model, task),
-        "words": skills_words(task) if skills else text_words(task),
+        "words": TASK_WORDS[task.name](task),
     }
 
 
@@ -124,7 +123,7 @@ def model_of(data: dict):
 
 def problems_of(task) -> Problems:
     """The problems to choose from: those of dev, or a few stories of test, if it has any."""
-    if task.name == "skills":
+    if task.encoding is None:
         return task.problems("dev")
     asked = task.problems("test")
     if len(asked.labels) <= MOST_STORIES:
@@ -134,7 +133,7 @@ def problems_of(task) -> Problems:
 
 def helpers_of(model, task) -> ReferenceSet | None:
     """Solved problems that may help: of a text those of dev; None where it has no questions."""
-    solved = task.problems("reference" if task.name == "skills" else "dev")
+    solved = task.problems("reference" if task.encoding is None else "dev")
     if len(solved.labels) == 0:
         return None
     return references_of(model, task, solved)
@@ -169,13 +168,14 @@ def packed(numbers) -> str:
 
 
 def helped_most(model, asked: Problems, references: ReferenceSet, settings: RemixConfig):
-    """Prompts of the skills task in order: first those misread by the model that NGD helps most."""
+    """Prompts in order: first those answered wrong (skills: misread) that NGD helps most."""
     result = remix(model, asked.tokens, references, settings)
-    misread = result.logits_before.argmax(-1) == asked.about.other
-    misread &= asked.about.other != asked.labels
+    wrong = result.logits_before.argmax(-1) != asked.labels
+    if asked.about is not None:  # what is wrong by the cue's other meaning
+        wrong &= result.logits_before.argmax(-1) == asked.about.other
     before, after = result.logits_before.softmax(-1), result.logits.softmax(-1)  # (n, V)
     gain = (after - before).gather(1, asked.labels[:, None])[:, 0]  # (n,)
-    return (gain * misread).argsort(descending=True)
+    return (gain * wrong).argsort(descending=True)
 
 
 def unpacked(text: str) -> np.ndarray:
@@ -215,6 +215,15 @@ def skills_words(task) -> dict:
     }
 
 
+def composition_words(task) -> dict:
+    """The functions as tables, and which of them were trained together."""
+    return {
+        "functions": task.functions.tolist(),
+        "numbers": task.N,
+        "trained": task.pairs["train"].tolist(),
+    }
+
+
 def text_words(task) -> dict:
     """The bytes of every token, and the token that ends a text."""
     encoding = task.encoding
@@ -223,3 +232,6 @@ def text_words(task) -> dict:
         "vocabulary": [base64.b64encode(token).decode() for token in tokens],
         "end": encoding.eot_token,
     }
+
+
+TASK_WORDS = {"skills": skills_words, "composition": composition_words, "text": text_words}

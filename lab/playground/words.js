@@ -22,30 +22,72 @@ function unpackPrompts({ lengths, tokens }) {
 /** What a pathway is. */
 function aboutPathway({ config, places }) {
   const some = config.router === "top_p" ? "best" : `${config.top_k} best`;
-  const two = places.length > config.n_layers ? " (here of two, A and B)" : "";
-  return `Each row is a layer${two} of the model, each square an <b>expert</b>, a small network of
+  const two = places.length > config.n_layers ? " (its blocks have two, A and B)" : "";
+  return `Each row is a layer of the model${two}, each square an <b>expert</b>, a small network of
     its own. A <b>router</b> gives every expert of its row a share of 100&nbsp;%. What is asked goes
     through the ${some} in each row (framed); all others rest. The choice in all rows is its
     <b>pathway</b>, from the bottom to the answer on top.`;
 }
 
-// ---------------------------------------------------------------------------- skills and dialects
+// ---------------------------------------------------------------------------------------- numbers
 
-class SkillsSpeaker {
+/** What tasks have in common whose answers are numbers. */
+class NumberSpeaker {
   bars = "columns";
   things = "answers";
   another = "Another question that it gets wrong";
   invitation = "Ask a question of your own";
   praise = "Right.";
+
+  /** words: the fields of a task's words in page.py, which all have `numbers`. */
+  constructor(words) {
+    Object.assign(this, words);
+  }
+
+  name(token) {
+    return token < this.numbers ? String(token) : "no number";
+  }
+
+  wanted(label, share) {
+    return `Right is ${label}, which gets ${percent(share)}.`;
+  }
+
+  /** All sixteen numbers. */
+  shown() {
+    return Array.from({ length: this.numbers }, (_, i) => i);
+  }
+
+  /** A menu for each part of a question. */
+  form(tokens, changed) {
+    const sizes = this.sizes();
+    const parts = this.parts(tokens);
+    const menus = Object.entries(sizes).map(([name, size]) => {
+      const menu = element("select", { name });
+      for (let i = 0; i < size; i++) menu.add(new Option(i, i, false, i === parts[name]));
+      menu.onchange = () => changed(this.tokens(menus.map((each) => Number(each.value))));
+      return menu;
+    });
+    const labels = menus.map((menu) => element("label", {}, `${menu.name} `, menu));
+    return element("div", { class: "menus" }, ...labels);
+  }
+
+  /** The first question that a single move can mend. */
+  begin() {
+    const says = (tokens, pathway) => largest(model.forward(tokens, pathway).logits, 1)[0];
+    const easy = prompts.slice(0, 20).find((tokens) => {
+      const { label } = this.truth(tokens);
+      const { pathway } = bestMove(tokens, label, model.forward(tokens).pathway);
+      return says(tokens) !== label && says(tokens, pathway) === label;
+    });
+    ask(easy ?? prompts[0]);
+  }
+}
+
+class SkillsSpeaker extends NumberSpeaker {
   task = `The model has learnt a small language. Most of its cues mean one thing in two of four
     dialects and another in the other two, as <i>pants</i> does in London and in New York. In
     training the dialect was mostly hidden. So it knows both readings, and often takes the wrong
     one.`;
-
-  /** words: skills, results, meaning, numbers, firstCue, none. */
-  constructor(words) {
-    Object.assign(this, words);
-  }
 
   lede({ parameters }) {
     return `In this page runs a whole mixture-of-experts model, ${parameters.toLocaleString("en")}
@@ -53,8 +95,17 @@ class SkillsSpeaker {
       <b>Drag the expert with the arrow up</b> and see.`;
   }
 
+  sizes() {
+    const dialects = this.meaning[0].length;
+    return { dialect: dialects, a: this.numbers, b: this.numbers, cue: this.meaning.length };
+  }
+
   parts([marker, a, b, cue]) {
     return { dialect: marker - this.none - 1, a, b, cue: cue - this.firstCue };
+  }
+
+  tokens([dialect, a, b, cue]) {
+    return [this.none + 1 + dialect, a, b, this.firstCue + cue];
   }
 
   question(tokens) {
@@ -71,10 +122,6 @@ class SkillsSpeaker {
     return Object.entries(this.parts(tokens)).map(([name, value]) => `${name} ${value}`);
   }
 
-  name(token) {
-    return token < this.numbers ? String(token) : "no number";
-  }
-
   /** The right answer, the answer by the cue's other meaning, and why. */
   truth(tokens) {
     const { dialect, a, b, cue } = this.parts(tokens);
@@ -88,42 +135,77 @@ class SkillsSpeaker {
     const else_ = `In dialects ${dialects} it means ${this.skills[other]}: ${result(other)}.`;
     return { label, other: result(other), why: `${own} ${else_}` };
   }
+}
 
-  wanted(label, share) {
-    return `Right is ${label}, which gets ${percent(share)}.`;
+/** Prompts [f, g, x] whose answer is g(f(x)); there may be more functions in a row. */
+class CompositionSpeaker extends NumberSpeaker {
+  task = `The model has learnt tables of functions, each by itself, and some of them in a row. The
+    others it never saw together. It can answer them only if it composes what it knows. A function 0
+    changes nothing.`;
+
+  lede({ parameters }) {
+    return `In this page runs a whole mixture-of-experts model, ${parameters.toLocaleString("en")}
+      weights. It is asked for one function after another, in a combination that it has never seen.
+      <b>Drag an expert</b>, and watch the answer change.`;
   }
 
-  /** All sixteen numbers. */
-  shown() {
-    return Array.from({ length: this.numbers }, (_, i) => i);
+  letter(step) {
+    return "fghijklm"[step] ?? `f${step}`;
   }
 
-  /** Four menus. */
-  form(tokens, changed) {
-    const dialects = this.meaning[0].length;
-    const sizes = { dialect: dialects, a: this.numbers, b: this.numbers, cue: this.meaning.length };
-    const parts = this.parts(tokens);
-    const menus = Object.entries(sizes).map(([name, size]) => {
-      const menu = element("select", { name });
-      for (let i = 0; i < size; i++) menu.add(new Option(i, i, false, i === parts[name]));
-      menu.onchange = () => {
-        const [dialect, a, b, cue] = menus.map((each) => Number(each.value));
-        changed([this.none + 1 + dialect, a, b, this.firstCue + cue]);
-      };
-      return menu;
+  sizes() {
+    const entries = this.functions.map((step, i) => [this.letter(i), step.length]);
+    return Object.fromEntries([...entries, ["x", this.numbers]]);
+  }
+
+  /** The functions' places in their tables, and the number. */
+  values(tokens) {
+    const size = this.functions[0].length;
+    const step = (token, i) => token - this.numbers - i * size;
+    return tokens.map((token, i) => (i < this.functions.length ? step(token, i) : token));
+  }
+
+  parts(tokens) {
+    const values = this.values(tokens);
+    return Object.fromEntries(Object.keys(this.sizes()).map((name, i) => [name, values[i]]));
+  }
+
+  tokens(values) {
+    const size = this.functions[0].length;
+    const token = (value, i) => value + this.numbers + i * size;
+    return values.map((value, i) => (i < this.functions.length ? token(value, i) : value));
+  }
+
+  say(tokens) {
+    const values = this.values(tokens);
+    const inside = String(values.at(-1));
+    return this.functions.reduce((so, _, i) => `${this.letter(i)}${values[i]}(${so})`, inside);
+  }
+
+  question(tokens) {
+    return `What is ${this.say(tokens)}?`;
+  }
+
+  chips(tokens) {
+    return Object.entries(this.parts(tokens)).map(([name, value]) => `${name} ${value}`);
+  }
+
+  /** The right answer, and how one gets there. */
+  truth(tokens) {
+    const values = this.values(tokens);
+    const chosen = values.slice(0, -1);
+    let label = values.at(-1);
+    const steps = chosen.map((which, i) => {
+      const before = label;
+      label = this.functions[i][which][before];
+      return `${this.letter(i)}${which}(${before}) = ${label}`;
     });
-    const labels = menus.map((menu) => element("label", {}, `${menu.name} `, menu));
-    return element("div", { class: "menus" }, ...labels);
-  }
-
-  /** The first question that a single move can mend. */
-  begin() {
-    const easy = prompts.slice(0, 20).find((tokens) => {
-      const { label } = this.truth(tokens);
-      const { pathway } = bestMove(tokens, label, model.forward(tokens).pathway);
-      return largest(model.forward(tokens, pathway).logits, 1)[0] === label;
-    });
-    ask(easy ?? prompts[0]);
+    const alone = chosen.filter((which) => which > 0).length < 2;
+    const trained = this.trained.some((each) => String(each) === String(chosen));
+    let history = "It never saw these functions together.";
+    if (trained) history = "It was trained on these functions together.";
+    if (alone) history = "A function alone was trained.";
+    return { label, other: null, why: `${steps.join(", then ")}. ${history}` };
   }
 }
 

@@ -129,7 +129,7 @@ def run_report(train, model, task, scores: dict, seconds: float, loads: dict, fo
         ("wrote", f"{folder}: {', '.join(files)}"),
         ("next", f"look at {figure}; then"),
     ]
-    rows += [("", f"{command:40}{what}") for command, what in task.next_commands.items()]
+    rows += [("", f"{command:46}{what}") for command, what in task.next_commands.items()]
     return "\n".join([*lines, "", cli.table(rows, left=2)])
 
 

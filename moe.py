@@ -212,12 +212,12 @@ class Experts(nn.Module):
     def visit(self, x, weights, experts):
         """What `forward` computes, one visit after the other."""
         N, K = experts.shape
-        chosen = experts.tolist()
-        pairs = [(token, e) for token, row in zip(x, chosen, strict=True) for e in row]  # N*K pairs
-        products = [self.gate_up[e] @ token for token, e in pairs]
+        gate_up, down = self.gate_up, self.down
+        pairs = [(x[n], e) for n, row in enumerate(experts.tolist()) for e in row]  # N*K pairs
+        products = [gate_up[e].mv(token) for token, e in pairs]
         gate, up = torch.stack(products).chunk(2, dim=-1)  # (N*K, F) twice
         hidden = F.silu(gate) * (up * weights.reshape(-1, 1))  # (N*K, F)
-        products = [self.down[e] @ h for h, (_, e) in zip(hidden, pairs, strict=True)]
+        products = [down[e].mv(h) for h, (_, e) in zip(hidden, pairs, strict=True)]
         return torch.stack(products).view(N, K, -1).sum(1)  # (N*K, D) -> (N, D)
 
 

@@ -1,12 +1,15 @@
 """Command lines and small tools: intervals, packages that are missing, flags."""
 
+import platform
 import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from by_hand import full, refused
+from children import child
 from scipy import stats
 
 import eval as eval_py
@@ -43,6 +46,25 @@ def test_without_scipy(monkeypatch):
         statistics.interval([1.0, 2.0])
     low, high = statistics.bootstrap([np.arange(9.0)], [range(9)])
     assert low < high
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a property of glibc")
+def test_freed_memory_is_kept():
+    """Tensors that come and go in every step take the same pages again."""
+    import resource  # Windows has none
+
+    def new_pages(kept: bool) -> int:
+        if kept:
+            cli.keep_freed_memory()
+        for _ in range(2):  # the first time they are new
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            tensors = [torch.ones(2**22) for _ in range(4)]  # 64 MB
+            del tensors
+        n_new = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        return int(n_new > 4000)  # pages: 16 MB
+
+    assert child(lambda: new_pages(False))[0] == 1
+    assert child(lambda: new_pages(True))[0] == 0
 
 
 def test_flags_of_every_type():

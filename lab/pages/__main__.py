@@ -25,7 +25,13 @@ from lab.remixing.figures import contest_figures, knowledge_figure, reach_figure
 from lab.remixing.knowledge import pathway_tables
 from lab.remixing.reach import RIGHT, WRONG, reach_table
 from lab.remixing.tables import contest_report, gain_table, main_table, sweep_table
-from lab.speed.report import cost_report, short_table, speed_figure, speed_report
+from lab.speed.report import (
+    cost_report,
+    short_table,
+    shorter_table,
+    speed_figure,
+    speed_report,
+)
 from lab.tools import figures
 from moe import MoEConfig, require
 from notebooks import pictures
@@ -38,6 +44,7 @@ MARKDOWN = {  # name of a place -> the function that makes its table of markdown
     "claims-cartesian": lambda: claims.claims_markdown(claims.cartesian_rows()),
     "declared": declared_table,
     "speed-short": lambda: short_table(stored_result("speed")),
+    "speed-shorter": lambda: shorter_table(stored_result("speed")),
 }
 PLACE = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.S)
 

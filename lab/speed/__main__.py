@@ -1,6 +1,6 @@
 """Everything that takes time, beside peers and beside what the machine could do.
 
-python -m lab.speed [--rounds 5] [--out results/speed.json]    about four minutes, one thread
+python -m lab.speed [--rounds 5] [--out results/speed.json]    about five minutes, one thread
 
 On a machine that does nothing else. Peers take turns in one process; only their ratios, and shares
 of the limit, say something beyond this machine.

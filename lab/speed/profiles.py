@@ -51,11 +51,15 @@ def where_time_goes(call, n: int) -> dict[str, float]:
 
 
 def step_profiles() -> dict:
-    """Where the time of a training step goes, and that of a new token, for one prompt."""
+    """Where the time of a training step goes, eager and compiled, and that of a new token."""
     model = MoETransformer(SMALL)
-    step = partial(training_step, model, model, adam(model))
-    step()
+    profiles = {}
+    for name, forward in (("a", model), ("a compiled", torch.compile(model))):
+        step = partial(training_step, model, forward, adam(model))
+        step()
+        profiles[f"{name} training step"] = where_time_goes(step, 3)
+
+    # For one prompt.
     prompt = torch.randint(SMALL.vocab_size, (1, 16))
     token = where_time_goes(partial(model.generate, prompt, 64), 1)
-    token = {name: ms / 64 for name, ms in token.items()}
-    return {"a training step": where_time_goes(step, 3), "a new token": token}
+    return profiles | {"a new token": {name: ms / 64 for name, ms in token.items()}}

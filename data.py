@@ -72,6 +72,12 @@ class Task(Protocol):
     def batch(self, step: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Training tokens (n, T) and targets (n, T): what should follow, or IGNORE."""
 
+    @annotated
+    def random(self, step: int, n: int) -> np.random.Generator:
+        """The random numbers of a step's batch of n sequences."""
+        require(step >= 0 and n >= 1, f"step is {step}, n {n}; expected at least 0, and 1")
+        return np.random.default_rng([self.seed, 1, step])
+
     def score(self, model, split: str, most: int | None = 256) -> dict[str, float]:
         """Scores on up to `most` sequences of a split (None: all). One of them is "loss"."""
 
@@ -87,7 +93,7 @@ class Task(Protocol):
 
     def words(self, tokens) -> str:
         """A prompt or an answer, a list of tokens, as people read it; here their numbers."""
-        return " ".join(map(str, tokens))
+        return " ".join(str(int(token)) for token in tokens)
 
     def sample(self, model) -> str:
         """A text by the model; nothing where the task is no text."""
@@ -234,7 +240,7 @@ class SkillsTask(Task):
 
     def batch(self, step: int, n: int):
         """n training sequences of four solved examples: tokens and targets (n, 20)."""
-        rng = np.random.default_rng([self.seed, 1, step])
+        rng = self.random(step, n)
         shape = (n, self.EXAMPLES)
 
         # Draw cues and dialects; in some sequences all are those of the first example.
@@ -321,10 +327,10 @@ class SkillsTask(Task):
         return Problems(prompts.tokens, lengths, prompts.labels, about=prompts)
 
     def words(self, tokens) -> str:
-        """Such as "dialect 2, cue 24 of 3 and 12"; a single token is its number."""
-        if len(tokens) == 1:
-            return str(tokens[0])
-        marker, a, b, cue = tokens
+        """Such as "dialect 2, cue 24 of 3 and 12"; of other lengths the numbers of the tokens."""
+        if len(tokens) != 4:
+            return super().words(tokens)
+        marker, a, b, cue = map(int, tokens)
         dialect = "no dialect" if marker == self.NONE else f"dialect {marker - self.NONE - 1}"
         return f"{dialect}, cue {cue - self.FIRST_CUE} of {a} and {b}"
 
@@ -407,7 +413,7 @@ class CompositionTask(Task):
 
     def batch(self, step: int, n: int):
         """n training examples: tokens and targets (n, T). Only the answer is a target."""
-        rng = np.random.default_rng([self.seed, 1, step])
+        rng = self.random(step, n)
         pairs = self.pairs["train"]
         functions = pairs[rng.integers(len(pairs), size=n)]  # (n, n_in_a_row)
 
@@ -592,7 +598,7 @@ class TextData(Task):
 
     def batch(self, step: int, n: int):
         """n windows of the training text: tokens (n, T), and the tokens that follow (n, T)."""
-        rng = np.random.default_rng([self.seed, 1, step])
+        rng = self.random(step, n)
         starts = rng.integers(len(self.rows["train"]) - self.context, size=n)
         return self.windows("train", starts)
 

@@ -44,6 +44,7 @@ from lab.tools.checks import (
     require_inputs,
     require_logits,
     require_pathway,
+    require_span,
     require_stream,
     require_tokens,
 )
@@ -642,8 +643,8 @@ class MoETransformer(nn.Module):
         x: torch.Tensor,
         valid: torch.Tensor | None = None,
         cache: Cache | None = None,
-        first=0,
-        last=None,
+        first: int = 0,
+        last: int | None = None,
         imposed: Imposed | None = None,
         write=True,
         only_cache=False,
@@ -661,8 +662,10 @@ class MoETransformer(nn.Module):
         routing: a list that collects a Routing from every router on the way.
         tokens: the ids (B, T) behind x, for which only routing by token asks.
         Raises ValueError for more tokens than the context, padding on the left, a pathway that
-        does not fit. The result is not yet normalised; `head` does that.
+        does not fit, blocks that are not there. The result is not yet normalised; `head` does that.
         """
+        n_blocks = len(self.blocks)
+        require_span(first, n_blocks if last is None else last, n_blocks)
         require_stream(x, valid, cache, self.config.d_model)
         B, T, _ = x.shape
         new = torch.ones(B, T, device=x.device) if valid is None else valid  # (B, T)

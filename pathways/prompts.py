@@ -13,8 +13,8 @@ from lab.tools.checks import (
     as_integers,
     require,
     require_in_vocabulary,
-    require_shape,
 )
+from lab.tools.kinds import shown
 from pathways.checks import require_answers
 
 MOST_TOKENS = 1_024  # of a pass, padding included: more of them are not faster, and are padded more
@@ -26,12 +26,14 @@ def padded(prompts: Iterable, vocab_size: int):
 
     ValueError where there is no prompt, an empty one, or a token outside the vocabulary.
     """
-    if torch.is_tensor(prompts):
-        require_shape("prompts", prompts, (None, None))
+    alone = "expected prompts, each a list of tokens; of one prompt make a list: [prompt]"
+    require(not torch.is_tensor(prompts) or prompts.dim() == 2, alone)
+    prompts = list(prompts)
+    words = [prompt for prompt in prompts if isinstance(prompt, str)]
+    require(not words, f"{shown(words[:1])} is text; expected tokens: encode it by a tokenizer")
     rows = [as_integers("the tokens of a prompt", prompt) for prompt in prompts]
     shortest = min((row.numel() for row in rows), default=0)
     require(shortest > 0, f"expected one prompt or more, none empty; found {len(rows)} prompts")
-    alone = "expected prompts, each a list of tokens; of one prompt make a list: [prompt]"
     require(all(row.dim() == 1 for row in rows), alone)
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     require_in_vocabulary("tokens", tokens, vocab_size)

@@ -22,10 +22,16 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lab.tools.checks import annotated, evaluation
+from lab.tools.checks import annotated, evaluation, require, require_shape
 from lab.tools.kinds import one_of
 from moe import Cache, Imposed, Router, unwrapped
-from pathways.checks import TOKENS, require_blocks, require_layers, require_routers
+from pathways.checks import (
+    TOKENS,
+    require_blocks,
+    require_layers,
+    require_prompts,
+    require_routers,
+)
 from pathways.prompts import MOST_TOKENS, by_length, trimmed
 
 
@@ -75,6 +81,7 @@ class Tail:
 
     def cut(self, tokens, lengths) -> Prefix:
         """Prompts (n, T), padded on the right, of lengths (n,) -> what no pathway changes."""
+        require_prompts("", tokens, lengths, self.model.config.vocab_size)
         if tokens.numel() <= MOST_TOKENS:
             return self.cut_together(tokens, lengths)
         rows = dict(self.cut_each(tokens, lengths))
@@ -137,6 +144,7 @@ class Tail:
 
         routing: a list that collects a Routing from every router on the way.
         """
+        require(isinstance(prefix, Prefix), "the prefix is none; expected what `Tail.cut` gives")
         keys = prefix.keys.movedim(1, 3).unbind(1)  # (n, S, L, G, C) -> L times (n, G, S, C)
         values = prefix.values.movedim(1, 3).unbind(1)
         cache = Cache(
@@ -161,6 +169,9 @@ class Tail:
         """A pathway (n, R, E) as run_blocks takes it."""
         if pathway is None:
             return None
+        n, P = prefix.valid.shape if self.token == "all" else (len(prefix.x), 1)
+        shape = (n, P * len(self.routers), self.model.config.n_experts)
+        require_shape("the pathway", pathway, shape)
         rows = pathway.unflatten(1, (-1, len(self.routers)))  # (n, 1 or P, routers, E)
         if self.token == "all":
             by_router = rows.unbind(2)  # (n, P, E) for each router
@@ -189,7 +200,8 @@ class Tail:
 
         Prompts (n, T), of lengths (n,) -> (n, R, E), (n, V).
         """
-        tokens, lengths = tokens.to(self.device), lengths.to(self.device)
+        require_prompts("", tokens, lengths, self.model.config.vocab_size)
+        tokens, lengths = tokens.to(self.device), lengths.to(self.device).long()
         every = torch.arange(tokens.shape[1], device=self.device)  # (T,)
         valid = every < lengths[:, None]
         routing = []  # of all routers

@@ -79,7 +79,10 @@ def with_own(embeddings):
 DOORS = {
     "forward": (MODEL, {"tokens": TOKENS, "targets": TOKENS, "valid": VALID}),
     "embed": (MODEL.embed, {"tokens": TOKENS}),
-    "blocks": (MODEL.run_blocks, {"x": torch.randn(2, 3, 16), "valid": VALID}),
+    "blocks": (
+        MODEL.run_blocks,
+        {"x": torch.randn(2, 3, 16), "valid": VALID, "first": 1, "last": 2},
+    ),
     "generate": (MODEL.generate, {"tokens": TOKENS, "n_tokens": 2, "stop": LABELS, "valid": VALID}),
     "draw": (lambda **given: MODEL.generate(TOKENS, 2, **given).shape, {"temperature": 0.5}),
     "impose": (imposing, {"row": torch.ones(2, 6) / 6, "at": VALID}),
@@ -116,6 +119,10 @@ DOORS = {
         {"references": REFERENCES, "scale": 1.0},
     ),
     "tail": (lambda **given: Tail(MODEL, **given).routers, {"layers": [0, 2], "token": "middle"}),
+    "prefix": (TAIL.cut, {"tokens": TOKENS, "lengths": LENGTHS}),
+    "read": (TAIL.read, {"tokens": TOKENS, "lengths": LENGTHS}),
+    "along": (TAIL, {"prefix": TAIL.cut(TOKENS, LENGTHS), "pathway": OWN}),
+    "batch": (SkillsTask().batch, {"step": 1, "n": 2}),
     "layers": (lambda spec: critical_layers(MODEL, spec), {"spec": Text("last:2")}),
     "neighbourhood": (
         lambda **given: find_neighbours(TAIL, REFERENCES, config=CONFIG, **given),
@@ -169,7 +176,9 @@ DOORS = {
     "run": (lambda folder: load_run(folder)[0].config, {"folder": Text("run")}),
 }
 FREE = {  # what is right as well: door -> forms of an argument
-    "blocks": {"x of NaN"},  # `head` sees it
+    "blocks": {"x of NaN", "first of zero", "last of nothing"},  # `head` sees NaN
+    "along": {"pathway of nothing", "pathway of NaN"},  # likewise
+    "batch": {"step of zero"},
     "passes": {"tokens of empty"},
     "remix": {"config of nothing"},
     "neighbours": {"prompts of nothing"},  # it is not said whose they are

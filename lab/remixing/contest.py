@@ -118,7 +118,7 @@ def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title:
     """All methods on all runs -> all that the report says and the figures show.
 
     folders: of the runs. beside: of runs of a larger model, one for each arena, or none. Where
-    Ctrl-C ends it, `missing` names the methods that have no row."""
+    Ctrl-C ends it, `missing` names the methods behind the last one that was finished."""
     # What each run has found, and a larger model beside it.
     names = ["base", *names]
     found, interrupted = compete_and_count(arenas, names, given)
@@ -165,7 +165,7 @@ def run_contest(folders, arenas: list[Arena], names, given: dict, beside, title:
     if "NGD" in rows:
         result["cases"] = cases(runs[0], arenas[0])
     if interrupted:
-        return result | {"missing": [name for name in names if name not in found]}
+        return result | {"missing": names[1 + max(map(names.index, found)) :]}
     return result | {"example": largest_gain(arenas[0], given, runs[0])}
 
 

@@ -156,6 +156,13 @@ def require_inputs(tokens, targets, valid, vocab_size: int):
 
 
 @eager
+def require_span(first: int, last: int, n: int):
+    """Blocks first..last-1 of n."""
+    if not 0 <= first <= last <= n:
+        raise ValueError(f"blocks {first} to {last - 1} are asked for; there are 0 to {n - 1}")
+
+
+@eager
 def require_stream(x, valid, cache, d_model: int):
     """A residual stream x (B, T, D), padded on the right, and a cache of as many sequences."""
     shape = tuple(x.shape)

@@ -49,6 +49,9 @@ def spelled(hint) -> str:
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (types.UnionType, typing.Union):
         return " or ".join(spelled(each) for each in inner)
+    fields = [*getattr(kind, "__dataclass_fields__", {}).values()]
+    if fields and isinstance(fields[0].default, str | int):  # settings
+        return f"a {kind.__name__}, such as {kind.__name__}({fields[0].name}={fields[0].default!r})"
     return WORDS.get(kind) or f"a {kind.__name__}"
 
 

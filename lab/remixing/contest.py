@@ -285,8 +285,8 @@ def mistake_shares(outcomes: list[Outcome], arenas: list[Arena]) -> list[float]:
 
 
 def largest_gain(arena: Arena, given: dict, outcomes: dict[str, Outcome]) -> dict:
-    """The prompt that NGD helps most: its last tokens, the right answer's probability before and
-    after, and pathways. It is one of those that NGD mends, if it is known which these are."""
+    """The prompt that NGD helps most, of those that it mends: its last tokens, the right answer's
+    probability before and after, and pathways. outcomes: none, and it is looked for among all."""
     if "NGD" in outcomes:
         mended = outcomes["NGD"].right & ~outcomes["base"].right
         if mended.any():

@@ -44,7 +44,7 @@ def contest_figures(result: dict, stem: str) -> list[Path]:
 
     example = result["example"]
     before, after = example["right"]
-    text = f"The prompt that NGD helps most: {example.get('words') or example['tokens']}\n"
+    text = f"A prompt that NGD helps: {example.get('words') or example['tokens']}\n"
     text += f"The right answer's probability goes from {before:.0%} to {after:.0%}"
     shown = list(example["panels"].items())[:3]  # of the neighbours only the nearest
     pathways = {name: np.array(rows) for name, rows in shown}

@@ -21,7 +21,7 @@ from lab.remixing.contest import pooled
 from lab.remixing.methods import METHODS, tuned_settings
 from lab.remixing.rivals import descend
 from lab.tools.checks import progress
-from lab.tools.kinds import plain
+from lab.tools.kinds import one_of
 from pathways import ReferenceSet, frozen, nearest, similarity
 from pathways.checks import as_tuples
 from pathways.tail import TOKENS
@@ -152,9 +152,9 @@ def main(argv) -> int:
     """Try the settings of every method, or of those named, on the dev split of some runs."""
     # The words of the command line are names of methods, or folders.
     tunable = [name for name, method in METHODS.items() if method.tries]
-    spelled = {plain(name): name for name in tunable}
-    named = [spelled[plain(word)] for word in argv if plain(word) in spelled]
-    folders = [Path(word) for word in argv if plain(word) not in spelled]
+    folders = [Path(word) for word in argv if Path(word).is_dir()]
+    others = [word for word in argv if not Path(word).is_dir()]
+    named = [one_of("method or folder", word, tunable) for word in others]
     if not folders:
         raise cli.Usage("expected the folders of some runs: [METHOD ...] RUN [RUN ...]")
     arenas = [arena_of(folder, "dev") for folder in folders]

@@ -15,10 +15,10 @@ from pretended import PretendedDevice, move
 import eval as eval_py
 from lab.remixing import cost
 from lab.remixing.arena import Arena, Outcome, judged, own_answers
-from lab.remixing.contest import cases, operations, pooled, run_contest
+from lab.remixing.contest import cases, pooled, run_contest
 from lab.remixing.controls import wrong_labels
 from lab.remixing.corrections import carried_corrections, mended_pathways, shuffled_corrections
-from lab.remixing.methods import METHODS, Method, run_method, tuned_settings
+from lab.remixing.methods import METHODS, Method, operations, run_method, tuned_settings
 from lab.remixing.rivals import tuned_model
 from lab.remixing.sweeps import run_sweeps
 from lab.remixing.tables import contest_report, gain_table

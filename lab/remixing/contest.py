@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.remixing.arena import Arena, Outcome, arena_of, judged, own_answers
-from lab.remixing.cost import count_operations
-from lab.remixing.methods import METHODS, run_method, tuned_settings
-from lab.remixing.rivals import STEPS, larger_model
+from lab.remixing.arena import Arena, Outcome, arena_of, judged
+from lab.remixing.methods import METHODS, operations, run_method
+from lab.remixing.rivals import larger_model
 from lab.remixing.tables import DECLARED_AGAINST, SHOWN, gain_table, main_table
 from lab.scores.evaluation import router_names
 from lab.tools import processes, statistics
@@ -43,17 +42,12 @@ def compete(arenas: list[Arena], names, given: dict | None = None):
                 for arena in arenas:
                     target_of = name != "base" and METHODS[name].target
                     target = target_of(arena) if target_of else None
-                    outcomes.append(judged(arena, method_of(name, given), target))
+                    outcomes.append(judged(arena, partial(run_method, name, given=given), target))
                     bar.update()
             except ValueError as error:  # the other rows are worth having
                 cli.note(f"no row {name}: {error}")
             else:
                 yield name, outcomes
-
-
-def method_of(name: str, given: dict | None):
-    """A method, or the model as it is: a function (arena, **changes) -> RemixResult."""
-    return own_answers if name == "base" else partial(run_method, name, given=given)
 
 
 def pooled(runs: list[dict[str, Outcome]], clusters: list[np.ndarray], kept=None) -> dict:
@@ -231,35 +225,6 @@ def subset_masks(arena: Arena) -> dict[str, np.ndarray]:
     has_label = (same & (near.weight > 0)).any(1)
     masks["no neighbour has the label"] = ~has_label
     return {name: mask.numpy() for name, mask in masks.items()}
-
-
-def operations(name: str, arena: Arena, given: dict | None) -> tuple[float, float]:
-    """The floating-point operations of a method: of what it does once, for all prompts, and of all
-    that it does for a prompt besides. They are counted on a few prompts.
-
-    What is done once is as much for every step, or for every reference: so it is counted for a
-    few of these, and for twice as many."""
-    method, n = method_of(name, given), min(64, len(arena.labels))
-    once_for_each = METHODS[name].once_for_each if name != "base" else None
-    if once_for_each is None:
-        return 0.0, count_operations(partial(method, arena.only(slice(n)).cold())) / n
-
-    # A few references, those first that are answered right.
-    m = len(arena.references.labels)
-    few = min(max(64, arena.config.k), m // 2)
-    order = arena.references.correct.int().argsort(descending=True, stable=True)
-
-    def count(n_prompts, times):
-        some = arena.only(slice(n_prompts), order[: times * few]).cold()
-        steps = {"steps": times} if once_for_each == "step" else {}
-        return count_operations(partial(method, some, **steps))
-
-    first, second, half = count(n, 1), count(n, 2), count(n // 2, 1)
-    each = (first - half) / (n - n // 2)
-    times = m / few
-    if once_for_each == "step":
-        times = tuned_settings(name, arena).get("steps", STEPS)
-    return first - n * each + (times - 1) * (second - first), each
 
 
 def dropped_copies(arena: Arena) -> int:

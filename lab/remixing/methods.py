@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from lab.remixing import controls, corrections, rivals
-from lab.remixing.arena import Arena
+from lab.remixing.arena import Arena, own_answers
+from lab.remixing.cost import count_operations
 from moe import require
 
 
@@ -163,6 +164,37 @@ def tuned_settings(name: str, arena: Arena, given: dict | None = None) -> dict:
 
 
 def run_method(name: str, arena: Arena, given: dict | None = None, **changes):
-    """Run a method with its settings -> RemixResult."""
+    """Run a method with its settings, or "base", the model as it is -> RemixResult."""
+    if name == "base":
+        return own_answers(arena)
     settings = tuned_settings(name, arena, given) | changes
     return METHODS[name].run(arena, **settings)
+
+
+def operations(name: str, arena: Arena, given: dict | None) -> tuple[float, float]:
+    """The floating-point operations of a method: of what it does once, for all prompts, and of all
+    that it does for a prompt besides. They are counted on a few prompts.
+
+    What is done once is as much for every step, or for every reference: so it is counted for a
+    few of these, and for twice as many."""
+    method, n = partial(run_method, name, given=given), min(64, len(arena.labels))
+    once_for_each = METHODS[name].once_for_each if name != "base" else None
+    if once_for_each is None:
+        return 0.0, count_operations(partial(method, arena.only(slice(n)).cold())) / n
+
+    # A few references, those first that are answered right.
+    m = len(arena.references.labels)
+    few = min(max(64, arena.config.k), m // 2)
+    order = arena.references.correct.int().argsort(descending=True, stable=True)
+
+    def count(n_prompts, times):
+        some = arena.only(slice(n_prompts), order[: times * few]).cold()
+        steps = {"steps": times} if once_for_each == "step" else {}
+        return count_operations(partial(method, some, **steps))
+
+    first, second, half = count(n, 1), count(n, 2), count(n // 2, 1)
+    each = (first - half) / (n - n // 2)
+    times = m / few
+    if once_for_each == "step":
+        times = tuned_settings(name, arena).get("steps", rivals.STEPS)
+    return first - n * each + (times - 1) * (second - first), each

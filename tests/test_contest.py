@@ -214,7 +214,7 @@ COUNTED = ["router tuning", "corrections", *full("NGD", "prefix for all", "RoMA"
 @pytest.mark.parametrize("name", COUNTED)
 def test_operations_are_those_of_the_whole_method(name):
     """What is counted on a few references or steps is what the method does with all of them."""
-    arena = an_arena((4, 4, 4), 90)
+    arena = an_arena((4, 4, 4), 150)
     once, each = operations(name, arena, {})
     whole = cost.count_operations(lambda: run_method(name, arena.cold()))
     assert once + 6 * each == pytest.approx(whole, rel=1e-3)

@@ -182,9 +182,9 @@ def operations(name: str, arena: Arena, given: dict | None) -> tuple[float, floa
     if once_for_each is None:
         return 0.0, count_operations(partial(method, arena.only(slice(n)).cold())) / n
 
-    # A few references, those first that are answered right.
-    m = len(arena.references.labels)
-    few = min(max(64, arena.config.k), m // 2)
+    # A few references, those first that are answered right; or all, if they are not many.
+    m, few = len(arena.references.labels), max(64, arena.config.k)
+    few = few if 2 * few <= m else m
     order = arena.references.correct.int().argsort(descending=True, stable=True)
 
     def count(n_prompts, times):

@@ -9,15 +9,16 @@ from lab.tools import cli, flags
 if __name__ == "__main__":
     cli.read_first(flags.nothing, __doc__)
 
+import itertools
 import re
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from data import SkillsTask
+from data import SkillsTask, perplexity
 from lab.composing import composition_rows, verdict
-from lab.composing.effects import group_runs
+from lab.composing.effects import BASE, group_runs, main_kind, percent, test_losses
 from lab.pages import claims
 from lab.pages.declared import declared_table
 from lab.pages.stored import RESULTS, stored_compositions, stored_result, stored_runs
@@ -104,6 +105,7 @@ def text_blocks() -> dict:
         "trend": lambda: "\n".join(verdict.trend_lines(stored_runs("trend", "second"))),
         "sweep": partial(tries, "sweep"),
         "start": partial(tries, "start"),
+        "scatter": scatter,
         "speed": lambda: speed_report(stored_result("speed")),
         "cost": lambda: cost_report(stored_result("speed")),
     }
@@ -137,6 +139,18 @@ def tries(name: str) -> str:
     for steps in sorted({line["steps"] for line in lines}):
         tables.append(verdict.overview_table(group_runs(lines, steps), steps))
     return "\n\n".join(tables)
+
+
+def scatter() -> str:
+    """How far apart runs are that differ in their seed alone, after 2500 steps."""
+    rows = []
+    for name, preset in itertools.product(("compare", "second", "start"), (BASE, "cartesian")):
+        kind, runs = main_kind(group_runs(stored_runs(name), 2500), preset)
+        losses = list(test_losses(runs).values())
+        sd = f"{percent(np.std(losses, ddof=1)):.2f} %" if len(losses) > 2 else "-"
+        rows.append([f"{name}.jsonl", kind, len(losses), f"{perplexity(np.mean(losses)):.3f}", sd])
+    header = ["results", "after 2500 steps", "runs", "test", "sd over seeds"]
+    return cli.table(rows, header, left=2)
 
 
 # ---- figures

@@ -64,6 +64,10 @@ REGIMES = [
     {"n_in_a_row": 3, "trained": 0.3, "n_layers": 2},
     SCARCE | {"n_layers": 2},
 ]
+# Are the functions too many for dense sub-layers where these are a quarter as wide? One dev seed.
+NARROW = [{"d_expert": 8, "d_shared": 8}]
+# Is it the settings? fine_grained with those of cartesian.
+SETTINGS_OF_CARTESIAN = [change | TUNED["cartesian"] for change in (SCARCE, REGIMES[-1])]
 DEV_SEEDS = range(100, 103)
 TEST_SEEDS = range(200, 208)
 FEW_SEEDS = range(200, 203)
@@ -97,7 +101,9 @@ def planned_rows() -> dict[str, list[tuple[Row, range]]]:
         "shares": crossed("shares", SHARES, DEV_SEEDS[:1]),
         "test": crossed("test", [test.changes for test in TESTS], TEST_SEEDS),
         "controls": crossed("controls", [SCARCE], FEW_SEEDS, LIKE),
-        "regimes": crossed("regimes", REGIMES, FEW_SEEDS),
+        "regimes": crossed("regimes", REGIMES, FEW_SEEDS)
+        + crossed("regimes", SETTINGS_OF_CARTESIAN, FEW_SEEDS, ["fine_grained"]),
+        "narrow": crossed("narrow", NARROW, DEV_SEEDS[:1], (*MAIN, "dense_two", "dense")),
     }
 
 

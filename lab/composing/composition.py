@@ -1,8 +1,8 @@
 """What Cartesian experts are for: models that learn compositions, on pairs that they never saw.
 
 python -m lab.composing.composition train tries   settings of both kinds, chosen on dev seeds
-python -m lab.composing.composition train test    the runs of the declared test
-python -m lab.composing.composition train         all groups: also controls, regimes, steps
+python -m lab.composing.composition train test    the runs of the declared tests
+python -m lab.composing.composition train         all groups: also controls and regimes
 python -m lab.composing.composition table         what the results file says
 
 The task is `CompositionTask` of data.py. `train` trains the runs that the results file lacks, by

@@ -206,9 +206,9 @@ def ngd_rows(machine: Machine, rounds: int) -> list[dict]:
         seconds, operations, apart = cost.measure_ngd(*arguments, rounds=rounds)
         prefixes = seconds["exact"] + seconds["prefixes"]
         times = {
-            "ours": [seconds["exact"]],
-            "ours, prefixes made anew": [prefixes],
-            "full forwards": [seconds["naive"]],
+            "ours": seconds["exact"].tolist(),
+            "ours, prefixes made anew": prefixes.tolist(),
+            "full forwards": seconds["naive"].tolist(),
         }
         limit = machine.least(operations["exact"])
         row = {"what": f"NGD, {name}", "limit": limit, "seconds": times}

@@ -90,8 +90,9 @@ def test_information_is_all_where_the_expert_is_the_kind_and_none_where_it_is_no
 
 
 def test_differences_are_of_common_seeds():
-    ours, theirs = {1: 0.9, 2: 0.8, 3: 1.0}, {1: 0.5, 2: 0.4, 4: 0.0}
+    ours, theirs = {1: 0.9, 2: 0.8, 3: 1.0}, {1: 0.5, 2: 0.4, 3: 0.6, 4: 0.0}
     assert difference(ours, theirs).startswith("+40.0 (+40.0 to +40.0)")
+    assert difference(ours, {1: 0.5, 2: 0.4, 4: 0.0}) == ""  # two make no interval
 
 
 def line_of(preset_name, seed, share, **changes):

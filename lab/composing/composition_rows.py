@@ -159,7 +159,9 @@ def informed(lines: list[dict], test: Declared) -> dict[str, list[list[float]]]:
 
 
 def in_bits(values: list[float]) -> str:
-    """The mean of some numbers of bits, and their range."""
+    """The mean of some numbers of bits, and their range, if there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
     return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
@@ -202,9 +204,10 @@ def table_row(lines: list[dict], row: Row) -> list[str]:
 
 
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
-    """The mean difference in points over common seeds, with its 95 % interval."""
+    """The mean difference in points over common seeds, with its 95 % interval, if these are three:
+    two make no interval."""
     seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) < 2:
+    if len(seeds) < 3:
         return ""
     mean, half = statistics.interval([ours[seed] - theirs[seed] for seed in seeds])
     return f"{statistics.in_points(mean, mean - half, mean + half)} points"

@@ -442,7 +442,8 @@ pathway_figure(panels, router_names(model), "The prompt's pathway, and its neigh
 arena = Arena(model, asked.tokens, asked.labels, references, about=asked, task="skills", seed=SEED)
 surrogates = ("mode finding", "kernel regression", "NGD")
 others = ("random neighbours", "kNN vote", "prefix for each", "oracle")
-outcomes = compete(arena, surrogates + others)
+names = ("base", *surrogates, *others)
+outcomes = {name: outcome for name, (outcome,) in compete([arena], names)}
 rows = pooled([outcomes], [arena.clusters])
 print(main_table(rows, costs={}))
 

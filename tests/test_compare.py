@@ -12,6 +12,7 @@ from by_hand import close, expert, refused, rms_norm, small_preset
 import train_toy
 from data import Kinds
 from lab.composing import compare
+from lab.composing.declarations import DECLARATIONS
 from lab.composing.effects import describe_effect, paired_effect, unpaired_effect
 from lab.composing.robustness import (
     disturbed,
@@ -29,7 +30,7 @@ from lab.composing.sharing import (
     shuffled_information,
     use_ratios,
 )
-from lab.composing.verdict import DECLARATIONS, comparison_report
+from lab.composing.verdict import comparison_report
 
 
 class Windows:

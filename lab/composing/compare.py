@@ -25,11 +25,12 @@ import torch
 
 from cartesian import TOY
 from data import load_task
+from lab.composing.declarations import DECLARATIONS
 from lab.composing.effects import BASE, EARLIER
 from lab.composing.presets import build_model, preset
 from lab.composing.robustness import activated_parameters, measure_robustness
 from lab.composing.sharing import composed_blocks, measure_sharing
-from lab.composing.verdict import DECLARATIONS, comparison_report, draw_comparison
+from lab.composing.verdict import comparison_report, draw_comparison
 from lab.tools import runs
 from lab.tools.configs import PresetsConfig
 from lab.tools.files import as_json, digest, parse_json
@@ -79,10 +80,11 @@ def train_command(plan: PresetsConfig) -> int:
     with cli.Interrupt() as interrupt:
         # Seed by seed, so that pairs are complete early.
         for seed, name in itertools.product(plan.seed_list, plan.preset_list):
-            if plan.until_told and declared and declared.outcome(read_runs(plan.results))[1]:
+            lines = read_runs(plan.results)  # other processes may have added to them
+            if plan.until_told and declared and declared.outcome(lines)[1]:
                 break
             run = {"preset": name, "seed": seed} | settings
-            if any(run.items() <= (EARLIER | line).items() for line in read_runs(plan.results)):
+            if any(run.items() <= (EARLIER | line).items() for line in lines):
                 continue
 
             # Train it, from where it was cut off.

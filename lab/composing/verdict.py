@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from data import perplexity
+from lab.composing.declarations import Declaration
 from lab.composing.effects import (
     BASE,
     MARGIN,
@@ -28,71 +28,6 @@ from lab.composing.robustness import loss_at_mass
 from lab.composing.sharing import sharing_table
 from lab.tools import cli
 
-
-class Declaration(NamedTuple):
-    """A test that was declared before its runs: cartesian has a lower test perplexity than BASE.
-
-    From `least` pairs of runs on it ends as soon as its interval is no wider than +-MARGIN, and
-    with `most` pairs at the latest. Neither the effect nor its p has a say in that.
-    """
-
-    text: str
-    alpha: float  # asked of p
-    words: str  # what is said of the claim
-    least: int
-    most: int
-    effect: Callable = paired_effect
-
-    def outcome(self, lines: list[dict]) -> tuple[list[int], Effect | None]:
-        """The seeds of its pairs, and their effect, None before the test has ended."""
-        kinds = group_runs(lines, 2500)
-        _, ours = main_kind(kinds, "cartesian")
-        _, theirs = main_kind(kinds, BASE)
-        seeds = sorted(ours.keys() & theirs.keys())
-        if len(seeds) < self.least:
-            return seeds, None
-        losses = [test_losses({seed: runs[seed] for seed in seeds}) for runs in (ours, theirs)]
-        effect = self.effect(*losses)
-        narrow = effect.high - effect.low <= 2 * MARGIN
-        return seeds, effect if narrow or len(seeds) >= self.most else None
-
-    def running(self, lines: list[dict]) -> str:
-        """How far the test is, where it has not ended."""
-        seeds, effect = self.outcome(lines)
-        return "" if effect else f"running: {len(seeds)} of at least {self.least} pairs"
-
-
-DECLARATIONS = {  # file in results/ -> what was declared before its runs
-    "compare": Declaration(
-        f"Declared before any run: cartesian has a lower test perplexity than {BASE}, each with "
-        "its best settings on dev; 13 pairs\nof 2500 steps, paired t-test, two-sided; "
-        f'"no difference" only where the 95 % interval is inside +-{MARGIN} %.',
-        0.01,
-        "",
-        13,
-        13,
-    ),
-    "second": Declaration(
-        "Declared before any of these runs: the same claim, at settings chosen on dev at 2500 "
-        "steps; 7 pairs (seeds 1 to 7),\npaired t-test, two-sided; as the second test of one "
-        "claim it asks for p < 0.005.",
-        0.005,
-        ", at rates chosen after 2,500 steps",
-        7,
-        7,
-    ),
-    "third": Declaration(
-        f"Declared before any of its runs: cartesian has a lower test perplexity than {BASE}, both "
-        "with the better start, each at its best\nsettings on dev after 2500 steps; seeds from "
-        f"300 on; Welch's t-test, two-sided, p < 0.01. It ends once the 95 % interval is\n"
-        f"+-{MARGIN} % or narrower, with 12 pairs at least and 38 at most; p has no say in that.",
-        0.01,
-        ", with the better start",
-        12,
-        38,
-        unpaired_effect,
-    ),
-}
 PRESET_WORDS = {  # presets, as people call them
     "dense": "dense, as many activated",
     "dense_two": "dense, two sub-layers",
@@ -127,8 +62,9 @@ CONTRASTS = "Not declared, and so no tests: what a change to a preset does"
 def comparison_report(lines: list[dict], steps: int, declared: Declaration | None = None) -> str:
     """The report on the runs of so many steps; declared: what was declared of them before. Where
     that test has not ended, the report says no more."""
-    if declared and declared.running(lines):
-        return f"{declared.text}\n  {declared.running(lines)}"
+    running = declared.running(lines) if declared else ""
+    if running:
+        return f"{declared.text}\n  {running}"
 
     # Perplexities, and the test that was declared.
     kinds = group_runs(lines, steps)

@@ -18,6 +18,7 @@ import numpy as np
 
 from data import SkillsTask, perplexity
 from lab.composing import composition_rows, verdict
+from lab.composing.declarations import DECLARATIONS
 from lab.composing.effects import BASE, group_runs, main_kind, percent, test_losses
 from lab.pages import claims
 from lab.pages.declared import declared_table
@@ -130,7 +131,7 @@ def stored_gain(name: str) -> str:
 
 def declared_report(name: str) -> str:
     """The report on the runs of a declared test."""
-    return verdict.comparison_report(stored_runs(name), 2500, verdict.DECLARATIONS[name])
+    return verdict.comparison_report(stored_runs(name), 2500, DECLARATIONS[name])
 
 
 def tries(name: str) -> str:

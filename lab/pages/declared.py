@@ -7,8 +7,8 @@ import math
 from typing import NamedTuple
 
 from lab.composing import composition_rows
+from lab.composing.declarations import DECLARATIONS
 from lab.composing.effects import BASE, describe_effect
-from lab.composing.verdict import DECLARATIONS
 from lab.pages.stored import stored_compositions, stored_result, stored_runs
 from lab.remixing.tables import DECLARED_AGAINST
 from lab.tools.statistics import in_points

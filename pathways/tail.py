@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lab.tools.checks import annotated, evaluation, require, require_shape
+from lab.tools.checks import annotated, evaluation, require_shape
 from lab.tools.kinds import one_of
 from moe import Cache, Imposed, Router, unwrapped
 from pathways.checks import (
@@ -139,12 +139,13 @@ class Tail:
         tensors = [layers.get(layer, nothing) for layer in above]
         return torch.stack(tensors, 1).movedim(3, 1)
 
+    @annotated
     def __call__(self, prefix: Prefix, pathway=None, routing=None):
         """Logits (n, V) that follow the prompts, along a pathway (n, R, E), or the model's own.
 
+        prefix: what `cut` gives.
         routing: a list that collects a Routing from every router on the way.
         """
-        require(isinstance(prefix, Prefix), "the prefix is none; expected what `Tail.cut` gives")
         keys = prefix.keys.movedim(1, 3).unbind(1)  # (n, S, L, G, C) -> L times (n, G, S, C)
         values = prefix.values.movedim(1, 3).unbind(1)
         cache = Cache(

@@ -170,9 +170,10 @@ def packed(numbers) -> str:
 def helped_most(model, asked: Problems, references: ReferenceSet, settings: RemixConfig):
     """Prompts in order: first those answered wrong (skills: misread) that NGD helps most."""
     result = remix(model, asked.tokens, references, settings)
-    wrong = result.logits_before.argmax(-1) != asked.labels
+    said = result.logits_before.argmax(-1)
+    wrong = said != asked.labels
     if asked.about is not None:  # what is wrong by the cue's other meaning
-        wrong &= result.logits_before.argmax(-1) == asked.about.other
+        wrong &= said == asked.about.other
     before, after = result.logits_before.softmax(-1), result.logits.softmax(-1)  # (n, V)
     gain = (after - before).gather(1, asked.labels[:, None])[:, 0]  # (n,)
     return (gain * wrong).argsort(descending=True)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from lab.remixing.arena import Arena, Outcome, arena_of, judged
-from lab.remixing.methods import METHODS, operations, run_method
+from lab.remixing.methods import method_of, operations, run_method
 from lab.remixing.rivals import larger_model
 from lab.remixing.tables import DECLARED_AGAINST, SHOWN, gain_table, main_table
 from lab.scores.evaluation import router_names
@@ -37,10 +37,9 @@ def compete(arenas: list[Arena], names, given: dict | None = None):
     bar = progress(None, "methods", total=len(names) * len(arenas))
     with closing(bar):
         for name in names:
-            outcomes = []
+            outcomes, target_of = [], method_of(name).target
             try:
                 for arena in arenas:
-                    target_of = name != "base" and METHODS[name].target
                     target = target_of(arena) if target_of else None
                     outcomes.append(judged(arena, partial(run_method, name, given=given), target))
                     bar.update()

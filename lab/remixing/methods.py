@@ -153,11 +153,17 @@ METHODS = {
 }
 
 
+def method_of(name: str) -> Method:
+    """The method of this name; of "base", the model as it is."""
+    base = Method(own_answers, tries=[{}])  # there is nothing to set
+    return base if name == "base" else METHODS[name]
+
+
 def tuned_settings(name: str, arena: Arena, given: dict | None = None) -> dict:
     """What a method was tuned to on the arena's task. What the user gives goes to NGD and to those
     that share its settings."""
-    owner = METHODS[name].like or name
-    settings = METHODS[owner].tuned.get(arena.task, {})
+    owner = method_of(name).like or name
+    settings = method_of(owner).tuned.get(arena.task, {})
     if owner == "NGD":
         settings = settings | (given or {})
     return settings
@@ -165,10 +171,8 @@ def tuned_settings(name: str, arena: Arena, given: dict | None = None) -> dict:
 
 def run_method(name: str, arena: Arena, given: dict | None = None, **changes):
     """Run a method with its settings, or "base", the model as it is -> RemixResult."""
-    if name == "base":
-        return own_answers(arena)
     settings = tuned_settings(name, arena, given) | changes
-    return METHODS[name].run(arena, **settings)
+    return method_of(name).run(arena, **settings)
 
 
 def operations(name: str, arena: Arena, given: dict | None) -> tuple[float, float]:
@@ -178,7 +182,7 @@ def operations(name: str, arena: Arena, given: dict | None) -> tuple[float, floa
     What is done once is as much for every step, or for every reference: so it is counted for a
     few of these, and for twice as many."""
     method, n = partial(run_method, name, given=given), min(64, len(arena.labels))
-    once_for_each = METHODS[name].once_for_each if name != "base" else None
+    once_for_each = method_of(name).once_for_each
     if once_for_each is None:
         return 0.0, count_operations(partial(method, arena.only(slice(n)).cold())) / n
 

@@ -210,9 +210,9 @@ def test_table(tmp_path, capsys):
     effect = f"{middle:+.2f} % ({low:+.2f} to {high:+.2f}): lower"
     assert text.count(effect) == 7  # table, test, two protocols, three masses
     assert "p = 0.035, 3 pairs" in text
-    assert "9 steps, cartesian lr 0.01 against none: no pairs" in text
+    assert "9 steps, cartesian against none: no pairs" in text
     dropout = f"{100 * math.expm1(0.1):+.2f} %"
-    assert f"dropout 0.1 against cartesian lr 0.01: {dropout} and {dropout}, 2 and 3 runs" in text
+    assert f"dropout 0.1 against cartesian: {dropout} and {dropout}, 2 and 3 runs" in text
 
     first = {}  # the first line that starts with a word
     for row in text.splitlines():

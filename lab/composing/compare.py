@@ -39,10 +39,14 @@ from moe import MoEConfig, require
 
 # Runs are compared only if they agree in these, in these sizes, and in all settings of train_toy.py
 # but those that are FREE.
-SAME = ("data", "tokenizer", "device")
+SAME = ("data", "tokenizer", "device", "sizes")
 SIZES = ("d_model", "n_layers", "context", "vocab_size")
 FREE = {"preset", "seed", "lr", "steps", "eval_every", *SAME}
 TOLD = ("steps", "lr", "norm_topk", "dropout", "embedding_scale", "residual_init", "device")
+# --sizes -> the sizes that presets start from, where they are not the toy's. Those of the paper:
+# MoE in every other layer, 16 experts, as wide as a dense layer, and an output layer of its own.
+SIZES_OF = {"toy": {}, "paper": {"n_experts": 16, "dense_layers": (0, 2), "tied": False}}
+SIZES_OF["paper"] |= dict.fromkeys(("d_expert", "d_shared", "d_dense"), 4 * TOY["d_model"])
 
 # What the results file says of a run, among others.
 RUN_FORM = dict.fromkeys(("preset", "tokenizer", "device", "data"), str)
@@ -71,7 +75,7 @@ def train_command(plan: PresetsConfig) -> int:
     files = {"data_file": plan.data_file, "valid_file": plan.valid_file}
     text = {"data": "text", "tokenizer": plan.tokenizer} | files
     task = load_task(text | {"seed": 0}, TOY["context"])
-    same = (*TOLD, "tokenizer")
+    same = (*TOLD, "tokenizer", "sizes")
     settings = {name: getattr(plan, name) for name in same} | {"data": text_digest(task)}
     new = settings | {"settings": {"model": {}, "train": {}}}
     require_comparable([*read_runs(plan.results), new], plan.results)
@@ -94,7 +98,7 @@ def train_command(plan: PresetsConfig) -> int:
                 return 130
 
             # Keep what is said of it.
-            line = run | measure_preset_run(folder, task)
+            line = run | measure_preset_run(folder, task, run["sizes"])
             append_line(plan.results, line)
             (folder / "state.safetensors").unlink()  # it was for resuming only
             perplexity, seconds = line["dev"]["perplexity"], line["seconds"]
@@ -119,6 +123,7 @@ def run_folder(out: str, run: dict) -> Path:
 def training_flags(run: dict, text: dict) -> dict:
     """What train_toy.py has to be told of a run."""
     settings = {name: run[name] for name in ("preset", "seed", *TOLD)} | text
+    settings |= SIZES_OF[run["sizes"]]
     return settings | {"eval_every": max(1, run["steps"] // 5)}
 
 
@@ -133,6 +138,8 @@ def train_in(folder: Path, settings: dict, interrupt: cli.Interrupt):
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 options.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, tuple):
+                options.append(f"--{flag}={','.join(map(str, value))}")
             else:
                 options.append(f"--{flag}={value}")
 
@@ -161,7 +168,7 @@ def sizes_and_scores(folder: Path, model, task, score: str) -> dict:
     return result | {"curve": [[line["step"], line["dev"][score]] for line in log]}
 
 
-def measure_preset_run(folder: Path, task) -> dict:
+def measure_preset_run(folder: Path, task, sizes: str) -> dict:
     """All that is said of a finished run, so that its weights need not be kept."""
     model, train_settings = runs.load_run(folder)
     settings = runs.read_settings(folder)
@@ -173,7 +180,7 @@ def measure_preset_run(folder: Path, task) -> dict:
         result["robustness"] = measure_robustness(model, task)
         if composed_blocks(model):
             result["sharing"] = measure_sharing(model, task)
-    steps = [preset_step(name) for name in (BASE, train_settings["preset"])]
+    steps = [preset_step(name, sizes) for name in (BASE, train_settings["preset"])]
     base_seconds, own_seconds = race(steps, 11)
     result["step"] = float(np.median(own_seconds / base_seconds))
 
@@ -183,9 +190,10 @@ def measure_preset_run(folder: Path, task) -> dict:
     return result | {"settings": settings}
 
 
-def preset_step(name: str):
+def preset_step(name: str, sizes: str):
     """A training step of a preset: a function without arguments."""
-    model = build_model(asdict(preset(name, MoEConfig(**TOY))))
+    base = MoEConfig(**TOY | SIZES_OF[sizes])
+    model = build_model(asdict(preset(name, base)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     tokens, targets = torch.randint(TOY["vocab_size"], (2, 8, TOY["context"]))
 
@@ -231,7 +239,7 @@ def require_comparable(lines: list[dict], path: str):
     values = defaultdict(set)
     for line in lines:
         model, train = line["settings"]["model"], line["settings"]["train"]
-        same = {name: str(line[name])[:12] for name in SAME}
+        same = {name: str((EARLIER | line)[name])[:12] for name in SAME}
         same |= {name: model[name] for name in SIZES if name in model}
         same |= {name: value for name, value in train.items() if name not in FREE}
         for name, value in same.items():

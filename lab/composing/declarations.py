@@ -49,7 +49,7 @@ class Declaration(NamedTuple):
 
 
 DECLARATIONS = {  # file in results/ -> what was declared before its runs
-    "compare": Declaration(
+    "first": Declaration(
         f"Declared before any run: cartesian has a lower test perplexity than {BASE}, each with "
         "its best settings on dev; 13 pairs\nof 2500 steps, paired t-test, two-sided; "
         f'"no difference" only where the 95 % interval is inside +-{MARGIN} %.',

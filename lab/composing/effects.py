@@ -13,31 +13,54 @@ from lab.composing.presets import PRESETS
 from lab.tools import statistics
 
 BASE = "fine_grained"
-EARLIER = {"embedding_scale": 1.0, "residual_init": 0.5}  # how runs start whose lines do not say
+# What lines of results have that do not say it.
+EARLIER = {"embedding_scale": 1.0, "residual_init": 0.5, "sizes": "toy"}
+MARKS = {  # settings in which runs may differ -> how the names of kinds tell them
+    "lr": "lr {:g}",
+    "norm_topk": "norm",
+    "dropout": "dropout {:g}",
+    "embedding_scale": "scale {:g}",
+    "residual_init": "init {:g}",
+}
 MARGIN = 0.5  # percent of perplexity: an interval inside of +-0.5 is "no difference"
 
 
 def group_runs(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
-    """The runs of so many steps as kinds, in the order of PRESETS."""
+    """The runs of so many steps as kinds, in the order of PRESETS.
+
+    A kind is named by its preset, and by those of its settings in which these runs differ.
+    """
     presets = list(PRESETS)
-
-    def order(line):
-        return presets.index(line["preset"]), line["lr"], line["norm_topk"], line["dropout"]
-
-    lines = [line for line in lines if line["steps"] == steps]
+    lines = runs_of(lines, steps)
+    differ = {field for field in MARKS if len({line[field] for line in lines}) > 1}
     kinds = {}
-    for line in sorted(lines, key=order):
-        name = f"{line['preset']} lr {line['lr']:g}"
-        if line["norm_topk"]:
-            name += " norm"
-        if line["dropout"]:
-            name += f" dropout {line['dropout']:g}"
-        start = EARLIER | line
-        for mark, field in (("scale", "embedding_scale"), ("init", "residual_init")):
-            if start[field] != EARLIER[field]:
-                name += f" {mark} {start[field]:g}"
+    for line in sorted(lines, key=lambda line: [presets.index(line["preset"]), *settings_of(line)]):
+        name = " ".join([line["preset"], *marks_of(line, differ)])
         kinds.setdefault(name, {})[line["seed"]] = line
     return kinds
+
+
+def settings_in_common(lines: list[dict], steps: int) -> str:
+    """What is not in the names of the kinds, since all these runs have it; empty if nothing is."""
+    lines = runs_of(lines, steps)
+    shared = {field for field in MARKS if len({line[field] for line in lines}) == 1}
+    return ", ".join(marks_of(lines[0], shared)) if lines else ""
+
+
+def runs_of(lines: list[dict], steps: int) -> list[dict]:
+    """The runs of so many steps, with what earlier lines do not say."""
+    return [EARLIER | line for line in lines if line["steps"] == steps]
+
+
+def settings_of(line: dict) -> list:
+    """The values of a run that MARKS names."""
+    return [line[field] for field in MARKS]
+
+
+def marks_of(line: dict, fields: set[str]) -> list[str]:
+    """What names say of some of a run's settings: nothing where one is zero, or off."""
+    chosen = [field for field in MARKS if field in fields and line[field]]
+    return [MARKS[field].format(line[field]) for field in chosen]
 
 
 def first_run(runs: dict[int, dict]) -> dict:

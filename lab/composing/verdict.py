@@ -19,6 +19,7 @@ from lab.composing.effects import (
     group_runs,
     main_kind,
     paired_effect,
+    settings_in_common,
     test_losses,
     unpaired_effect,
 )
@@ -68,7 +69,7 @@ def comparison_report(lines: list[dict], steps: int, declared: Declaration | Non
 
     # Perplexities, and the test that was declared.
     kinds = group_runs(lines, steps)
-    blocks = [overview_table(kinds, steps), PRESETS_LEGEND, ""]
+    blocks = [overview_table(lines, steps), PRESETS_LEGEND, ""]
     blocks += [declared.text if declared else NOT_DECLARED]
     blocks += trend_lines(lines, declared.effect if declared else paired_effect)
 
@@ -86,14 +87,14 @@ def comparison_report(lines: list[dict], steps: int, declared: Declaration | Non
     return "\n".join(blocks)
 
 
-def overview_table(kinds: dict, steps: int) -> str:
+def overview_table(lines: list[dict], steps: int) -> str:
     """A line for each kind: parameters, time of a step, perplexities, effect against BASE."""
-    rows = []
+    kinds, rows = group_runs(lines, steps), []
     for name, effect in effects_against_base(kinds).items():
         rows.append([name, *overview_cells(kinds[name]), describe_effect(effect)])
     base_name, _ = main_kind(kinds, BASE)
     header = [f"{steps} steps", *HEADER, f"perplexity against {base_name}"]
-    return cli.table(rows, header=header)
+    return f"{cli.table(rows, header=header)}\nall runs: {settings_in_common(lines, steps)}"
 
 
 def overview_cells(runs: dict[int, dict]) -> list:

@@ -95,7 +95,7 @@ def text_blocks() -> dict:
         "reach": lambda: reach_table(stored_result("knowledge")["reach"]),
         "pathways": lambda: pathway_tables(stored_result("knowledge")),
         "ablation": lambda: sweep_table(stored_result("remix-skills-dev-ablation")),
-        "compare": partial(declared_report, "compare"),
+        "first": partial(declared_report, "first"),
         "second": partial(declared_report, "second"),
         "third": partial(declared_report, "third"),
         "composition": lambda: composition_rows.composition_table(stored_compositions()),
@@ -138,14 +138,14 @@ def tries(name: str) -> str:
     """The runs at which settings were chosen, by their number of steps."""
     lines, tables = stored_runs(name), []
     for steps in sorted({line["steps"] for line in lines}):
-        tables.append(verdict.overview_table(group_runs(lines, steps), steps))
+        tables.append(verdict.overview_table(lines, steps))
     return "\n\n".join(tables)
 
 
 def scatter() -> str:
     """How far apart runs are that differ in their seed alone, after 2500 steps."""
     rows = []
-    for name, preset in itertools.product(("compare", "second", "start"), (BASE, "cartesian")):
+    for name, preset in itertools.product(("first", "second", "start"), (BASE, "cartesian")):
         kind, runs = main_kind(group_runs(stored_runs(name), 2500), preset)
         losses = list(test_losses(runs).values())
         sd = f"{percent(np.std(losses, ddof=1)):.2f} %" if len(losses) > 2 else "-"
@@ -163,7 +163,7 @@ def draw_all(folder: Path):
     speed_figure(stored_result("speed"), folder / "speed.png")
 
     # CartesianMoE
-    verdict.draw_comparison(stored_runs("compare"), 2500, folder)
+    verdict.draw_comparison(stored_runs("first"), 2500, folder)
     composition_rows.draw_figure(stored_compositions(), folder / "composition.png")
     verdict.draw_trend(stored_runs("trend", "second"), folder / "trend.png")
 

@@ -74,7 +74,7 @@ def main_claims() -> str:
     rows = {row.claim: row for row in (*remixing_rows(), *cartesian_rows())}
     rivals = ("base", "random neighbours", "kernel regression", "in-context", "prefix for all")
     wanted = [f"NGD against {METHOD_WORDS[rival]}" for rival in (*rivals, "prefix for each")]
-    wanted += [CARTESIAN_TESTS["compare"], COMPOSED[0]]
+    wanted += [CARTESIAN_TESTS["first"], COMPOSED[0]]
     chosen = [rows[claim] for claim in wanted]
     return claims_markdown([row._replace(published=row.published.split()[0]) for row in chosen])
 
@@ -167,7 +167,7 @@ def setting_rows() -> list[Claim]:
 # ---- CartesianMoE
 
 CARTESIAN_TESTS = {  # results/NAME.jsonl -> the claim of its declared test
-    "compare": "Cartesian against fine-grained experts",
+    "first": "Cartesian against fine-grained experts",
     "second": "Cartesian against fine-grained experts, at lower rates",
     "third": "Cartesian against fine-grained experts, with the better start",
 }
@@ -199,10 +199,10 @@ def cartesian_rows() -> list[Claim]:
 
     Published: Pile, 100B tokens, base and large.
     """
-    kinds, table = group_runs(stored_runs("compare"), 2500), []
+    kinds, table = group_runs(stored_runs("first"), 2500), []
     for name, claim in CARTESIAN_TESTS.items():
         test = cartesian_test(name)
-        published = published_percent(7.19, 7.33) if name == "compare" else "-"
+        published = published_percent(7.19, 7.33) if name == "first" else "-"
         seeds = f"{len(test.seeds)} pairs"
         here, p = test.effect.replace(" %", ""), p_value(test.p)
         table.append(Claim(claim, published, here, PERPLEXITY, p, seeds, test.verdict))

@@ -175,11 +175,12 @@ class PresetsConfig:
     presets: Annotated[str, "names of presets, with commas"] = "cartesian,fine_grained"
     seeds: Annotated[str, "such as 0-12, or 0,5"] = "0-2"
     steps: Annotated[int, "optimiser steps"] = 2500
-    lr: Annotated[float, "peak learning rate"] = 3e-3
-    norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = False
+    lr: Annotated[float, "peak learning rate"] = 6e-3
+    norm_topk: Annotated[bool, "divide the k routing weights by their sum"] = True
     dropout: Annotated[float, "dropout on the embedding and on what sub-layers add"] = 0.0
-    embedding_scale: Annotated[float, "embeddings enter the stream times this"] = 1.0
-    residual_init: Annotated[float, "what sub-layers add starts at this / sqrt(fan-in)"] = 0.5
+    embedding_scale: Annotated[float, "embeddings enter the stream times this"] = 11.3
+    residual_init: Annotated[float, "what sub-layers add starts at this / sqrt(fan-in)"] = 0.05
+    sizes: Annotated[Literal["toy", "paper"], "of the toy, or the paper's proportions"] = "toy"
     device: Annotated[Literal["cpu", "cuda"], "where to train"] = "cpu"
     until_told: Annotated[bool, "stop where the file's declared test has ended"] = False
     results: Annotated[str, "the file of results"] = "results/compare.jsonl"

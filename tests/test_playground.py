@@ -316,4 +316,12 @@ def test_a_composition(trained, browser, tmp_path):
     assert ("It was trained on these" if trained else "It never saw these") in why
     places = browser.run("[...document.querySelectorAll('.place')].map((e) => e.textContent)")
     assert places == ["layer 1 B", "layer 1 A", "layer 0 B", "layer 0 A"]
+
+    # How many are right without NGD, of all that the page may ask.
+    asked = task.problems("dev")
+    with torch.no_grad():
+        said = model_of(data)(asked.tokens).logits[:, -1].argmax(-1)
+    share = (said == asked.labels).float().mean()
+    told = browser.run("at('on-average').textContent").split()
+    assert f"Of all {len(said)} the model answers {100 * share:.0f} % right" in " ".join(told)
     assert browser.problems == []

@@ -228,6 +228,7 @@ function start() {
   at("lede").innerHTML = speaker.lede(data);
   at("about-task").innerHTML = speaker.task;
   at("about-pathway").innerHTML = aboutPathway(data);
+  at("on-average").textContent = data.onAverage ? onAverage(data.onAverage) : "";
   at("another").textContent = speaker.another;
   at("invitation").textContent = speaker.invitation;
   at("about").textContent =

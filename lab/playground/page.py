@@ -24,7 +24,7 @@ from lab.tools.files import as_json
 from moe import require
 from pathways import ReferenceSet
 from pathways.checks import as_tuples
-from remix import RemixConfig, remix
+from remix import RemixConfig, RemixResult, remix
 
 FOLDER = Path(__file__).parent
 SOURCES = ("style.css", "model.js", "remix.js", "words.js", "app.js", "draw.js")
@@ -64,9 +64,11 @@ def page_data(model, task, name: str) -> dict:
     weights = dict(model.named_parameters())
     halves = torch.cat([weight.detach().flatten() for weight in weights.values()]).half()
     settings = RemixConfig(**task.remix_settings | METHODS["NGD"].tuned.get(task.name, {}))
-    references, asked = helpers_of(model, task), problems_of(task)
+    references, asked, on_average = helpers_of(model, task), problems_of(task), None
     if task.encoding is None:
-        asked = selected(asked, helped_most(model, asked, references, settings))
+        result = remix(model, asked.tokens, references, settings)
+        on_average = shares_right(asked, result)
+        asked = selected(asked, helped_most(asked, result))
     return {
         "name": name,
         "task": task.name,
@@ -79,6 +81,7 @@ def page_data(model, task, name: str) -> dict:
         "references": reference_data(references, settings.k),
         "prompts": packed_prompts(asked.tokens, asked.lengths),
         "labels": asked.labels.tolist(),
+        "onAverage": on_average,
         "favourites": favourites(model, task),
         "words": TASK_WORDS[task.name](task),
     }
@@ -167,9 +170,8 @@ def packed(numbers) -> str:
     return base64.b64encode(numbers.tobytes()).decode()
 
 
-def helped_most(model, asked: Problems, references: ReferenceSet, settings: RemixConfig):
-    """Prompts in order: first those answered wrong (skills: misread) that NGD helps most."""
-    result = remix(model, asked.tokens, references, settings)
+def helped_most(asked: Problems, result: RemixResult):
+    """Prompts in order: first those answered wrong (skills: misread) that NGD helped most."""
     said = result.logits_before.argmax(-1)
     wrong = said != asked.labels
     if asked.about is not None:  # what is wrong by the cue's other meaning
@@ -177,6 +179,15 @@ def helped_most(model, asked: Problems, references: ReferenceSet, settings: Remi
     before, after = result.logits_before.softmax(-1), result.logits.softmax(-1)  # (n, V)
     gain = (after - before).gather(1, asked.labels[:, None])[:, 0]  # (n,)
     return (gain * wrong).argsort(descending=True)
+
+
+def shares_right(asked: Problems, result: RemixResult) -> dict:
+    """How many prompts there are, and which shares are answered right before and after NGD: what
+    is shown first is what it helped most."""
+    shares = {}
+    for name, logits in (("before", result.logits_before), ("after", result.logits)):
+        shares[name] = (logits.argmax(-1) == asked.labels).float().mean().item()
+    return {"prompts": len(asked.labels)} | shares
 
 
 def unpacked(text: str) -> np.ndarray:

@@ -29,6 +29,12 @@ function aboutPathway({ config, places }) {
     <b>pathway</b>, from the bottom to the answer on top.`;
 }
 
+/** What NGD does to all prompts: those that are asked first are those that it helps most. */
+function onAverage({ prompts, before, after }) {
+  return `The first questions here are chosen: NGD helps them most. Of all ${prompts} the model
+    answers ${percent(before)} right by itself, and ${percent(after)} after NGD.`;
+}
+
 // ---------------------------------------------------------------------------------------- numbers
 
 /** What tasks have in common whose answers are numbers. */

@@ -260,6 +260,8 @@ def test_refused_file(message, tmp_path):
     """Runs that cannot be compared are not."""
     with refused(message):
         table_of(tmp_path / "r", [HASH, REFUSED[message]], steps=7)
+    with refused("missing has no runs: train some"):
+        compare.main(["table", f"--results={tmp_path / 'missing'}"])
 
 
 @pytest.mark.full

@@ -253,10 +253,12 @@ def require_comparable(lines: list[dict], path: str):
 def table_command(plan: PresetsConfig) -> int:
     """Print what the results file says of the runs of so many steps; draw figures beside it."""
     lines = read_runs(plan.results)
+    hint = "train some, or name another file by --results, such as results/first.jsonl"
+    require(lines, f"{plan.results} has no runs: {hint}")
     require_comparable(lines, plan.results)
     steps = sorted({line["steps"] for line in lines})
     problem = f"{plan.results}: no run has {plan.steps} steps"
-    require(plan.steps in steps, f"{problem}; there are runs of {steps or 'none'}")
+    require(plan.steps in steps, f"{problem}; there are runs of {steps}")
     path = Path(plan.results)
     print(comparison_report(lines, plan.steps, DECLARATIONS.get(path.stem)))
     draw_comparison(lines, plan.steps, path.parent)

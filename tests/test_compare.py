@@ -264,6 +264,16 @@ def test_refused_file(message, tmp_path):
         compare.main(["table", f"--results={tmp_path / 'missing'}"])
 
 
+def test_a_run_that_is_killed(tmp_path, monkeypatch):
+    """It is said to be, but where the same signal asked to stop."""
+    monkeypatch.setattr(compare.subprocess, "call", lambda argv, **_: -15)
+    interrupt = mock.Mock(asked=False)
+    with refused("run: ended by signal 15"):
+        compare.train_in(tmp_path / "run", {"seed": 1}, interrupt)
+    interrupt.asked = True
+    compare.train_in(tmp_path / "run", {"seed": 1}, interrupt)
+
+
 @pytest.mark.full
 def test_train(tmp_path, monkeypatch):
     """A run becomes a line, once; a line that was cut off, or other data, is refused."""

@@ -151,7 +151,8 @@ def train_in(folder: Path, settings: dict, interrupt: cli.Interrupt):
             interrupt.asked = True
         report.seek(0)
         lines = report.read().splitlines() or [""]
-        require(code in (0, 130), f"{folder}: {lines[-1].strip()}")
+        why = lines[-1].strip() if code > 0 else f"ended by signal {-code}"
+        require(code == 0 or interrupt.asked, f"{folder}: {why}")
 
 
 def sizes_and_scores(folder: Path, model, task, score: str) -> dict:

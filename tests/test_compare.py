@@ -162,6 +162,7 @@ def line(preset, seed, loss, **changes):
     rows = {"intact": {"loss": loss, "mass": 0.0}, "top-1": {"loss": loss + 0.5, "mass": 0.5}}
     run = {"preset": preset, "seed": seed, "lr": 0.01, "norm_topk": False, "dropout": 0.0}
     run |= {"steps": 5, "data": "abc", "tokenizer": "bytes", "device": "cpu"}
+    run |= {"embedding_scale": 1.0, "residual_init": 0.5, "sizes": "toy"}
     run |= {"total": 9, "activated": 5, "step": 1.05, "robustness": rows}
     run |= {split: {"loss": loss, "bits_per_byte": 1.0} for split in ("train", "dev", "test")}
     return run | {"settings": {"model": {"d_model": 8}, "train": {"batch": 8}}} | changes

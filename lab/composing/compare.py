@@ -26,7 +26,7 @@ import torch
 from cartesian import TOY
 from data import load_task
 from lab.composing.declarations import DECLARATIONS
-from lab.composing.effects import BASE, EARLIER
+from lab.composing.effects import BASE
 from lab.composing.presets import build_model, preset
 from lab.composing.robustness import activated_parameters, measure_robustness
 from lab.composing.sharing import composed_blocks, measure_sharing
@@ -49,9 +49,10 @@ SIZES_OF = {"toy": {}, "paper": {"n_experts": 16, "dense_layers": (0, 2), "tied"
 SIZES_OF["paper"] |= dict.fromkeys(("d_expert", "d_shared", "d_dense"), 4 * TOY["d_model"])
 
 # What the results file says of a run, among others.
-RUN_FORM = dict.fromkeys(("preset", "tokenizer", "device", "data"), str)
+RUN_FORM = dict.fromkeys(("preset", *SAME), str)
 RUN_FORM |= dict.fromkeys(("seed", "steps", "total"), int)
-RUN_FORM |= dict.fromkeys(("lr", "dropout", "activated"), float)
+RUN_FORM |= dict.fromkeys(("lr", "dropout", "embedding_scale", "residual_init"), float)
+RUN_FORM |= {"activated": float}
 RUN_FORM |= {"norm_topk": bool, "dev": {str: float}, "test": {str: float}}
 RUN_FORM |= {"settings": {"model": {}, "train": {}}}
 
@@ -88,7 +89,7 @@ def train_command(plan: PresetsConfig) -> int:
             if plan.until_told and declared and declared.outcome(lines)[1]:
                 break
             run = {"preset": name, "seed": seed} | settings
-            if any(run.items() <= (EARLIER | line).items() for line in lines):
+            if any(run.items() <= line.items() for line in lines):
                 continue
 
             # Train it, from where it was cut off.
@@ -240,7 +241,7 @@ def require_comparable(lines: list[dict], path: str):
     values = defaultdict(set)
     for line in lines:
         model, train = line["settings"]["model"], line["settings"]["train"]
-        same = {name: str((EARLIER | line)[name])[:12] for name in SAME}
+        same = {name: str(line[name])[:12] for name in SAME}
         same |= {name: model[name] for name in SIZES if name in model}
         same |= {name: value for name, value in train.items() if name not in FREE}
         for name, value in same.items():

@@ -13,8 +13,6 @@ from lab.composing.presets import PRESETS
 from lab.tools import statistics
 
 BASE = "fine_grained"
-# What lines of results have that do not say it.
-EARLIER = {"embedding_scale": 1.0, "residual_init": 0.5, "sizes": "toy"}
 MARKS = {  # settings in which runs may differ -> how the names of kinds tell them
     "lr": "lr {:g}",
     "norm_topk": "norm",
@@ -30,11 +28,14 @@ def group_runs(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
 
     A kind is named by its preset, and by those of its settings in which these runs differ.
     """
-    presets = list(PRESETS)
-    lines = runs_of(lines, steps)
+    lines = [line for line in lines if line["steps"] == steps]
     differ = {field for field in MARKS if len({line[field] for line in lines}) > 1}
+
+    def order(line):
+        return [list(PRESETS).index(line["preset"]), *(line[field] for field in MARKS)]
+
     kinds = {}
-    for line in sorted(lines, key=lambda line: [presets.index(line["preset"]), *settings_of(line)]):
+    for line in sorted(lines, key=order):
         name = " ".join([line["preset"], *marks_of(line, differ)])
         kinds.setdefault(name, {})[line["seed"]] = line
     return kinds
@@ -42,19 +43,9 @@ def group_runs(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
 
 def settings_in_common(lines: list[dict], steps: int) -> str:
     """What is not in the names of the kinds, since all these runs have it; empty if nothing is."""
-    lines = runs_of(lines, steps)
+    lines = [line for line in lines if line["steps"] == steps]
     shared = {field for field in MARKS if len({line[field] for line in lines}) == 1}
     return ", ".join(marks_of(lines[0], shared)) if lines else ""
-
-
-def runs_of(lines: list[dict], steps: int) -> list[dict]:
-    """The runs of so many steps, with what earlier lines do not say."""
-    return [EARLIER | line for line in lines if line["steps"] == steps]
-
-
-def settings_of(line: dict) -> list:
-    """The values of a run that MARKS names."""
-    return [line[field] for field in MARKS]
 
 
 def marks_of(line: dict, fields: set[str]) -> list[str]:

@@ -13,6 +13,7 @@ from by_hand import E, close, tiny
 
 from lab.pages import claims, stored
 from lab.pages.__main__ import PLACE, ROOT, draw_all, filled_pages
+from lab.pages.declared import cartesian_test
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 IMAGE = re.compile(r"!\[[^]]*\]\((?:docs/)?([\w-]+\.png)\)")
@@ -104,6 +105,28 @@ def test_verdicts_follow_the_results(claim, tmp_path, monkeypatch):
     before = all_rows()[claim].verdict
     monkeypatch.setattr(stored, "RESULTS", tmp_path)
     assert before != all_rows()[claim].verdict == expected
+
+
+TOLD = {  # a verdict -> how much less the loss of each Cartesian run is, and how runs scatter
+    "**no difference**": (0.0, 0.0005),
+    "**holds here**": (0.02, 0.0005),
+    "**the other way**": (-0.02, 0.0005),
+    "**inconclusive**": (0.006, 0.02),
+}
+
+
+@pytest.mark.parametrize("verdict", TOLD)
+def test_verdicts_of_a_test_that_ended(verdict, tmp_path, monkeypatch):
+    """ "No difference" needs an interval inside the margin, a difference a small p."""
+    gap, scatter = TOLD[verdict]
+    lines = []
+    for run in stored.stored_runs("third")[:2]:
+        for seed in range(38):
+            loss = 2.5 + scatter * (-1) ** seed - gap * (run["preset"] == "cartesian")
+            lines.append(json.dumps(run | {"seed": seed, "test": run["test"] | {"loss": loss}}))
+    (tmp_path / "third.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    assert cartesian_test("third").verdict == verdict
 
 
 def test_a_claim_is_ours_minus_the_rival(results):

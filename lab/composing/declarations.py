@@ -45,7 +45,11 @@ class Declaration(NamedTuple):
     def running(self, lines: list[dict]) -> str:
         """How far the test is, where it has not ended."""
         seeds, effect = self.outcome(lines)
-        return "" if effect else f"running: {len(seeds)} of at least {self.least} pairs"
+        if effect:
+            return ""
+        if len(seeds) < self.least:
+            return f"running: {len(seeds)} of at least {self.least} pairs"
+        return f"running: {len(seeds)} pairs, whose interval is wider than +-{MARGIN} %"
 
 
 DECLARATIONS = {  # file in results/ -> what was declared before its runs

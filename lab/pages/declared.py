@@ -40,7 +40,9 @@ class Test(NamedTuple):
         """What may be said of the claim."""
         if self.running:
             return self.running
-        return f"**{self.outcome if self.p < self.alpha else UNTOLD}**"
+        # An interval inside the margin says that there is no difference, whatever p is.
+        told = self.p < self.alpha or self.outcome == "no difference"
+        return f"**{self.outcome if told else UNTOLD}**"
 
 
 def remixing_tests(name: str) -> dict[str, Test]:

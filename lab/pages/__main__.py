@@ -106,6 +106,7 @@ def text_blocks() -> dict:
         "trend": lambda: "\n".join(verdict.trend_lines(stored_runs("trend", "second"))),
         "sweep": partial(tries, "sweep"),
         "start": partial(tries, "start"),
+        "paper": partial(tries, "paper"),
         "scatter": scatter,
         "speed": lambda: speed_report(stored_result("speed")),
         "cost": lambda: cost_report(stored_result("speed")),

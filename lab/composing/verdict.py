@@ -94,7 +94,8 @@ def overview_table(lines: list[dict], steps: int) -> str:
         rows.append([name, *overview_cells(kinds[name]), describe_effect(effect)])
     base_name, _ = main_kind(kinds, BASE)
     header = [f"{steps} steps", *HEADER, f"perplexity against {base_name}"]
-    return f"{cli.table(rows, header=header)}\nall runs: {settings_in_common(lines, steps)}"
+    common = settings_in_common(lines, steps)
+    return cli.table(rows, header=header) + (f"\nall runs: {common}" if common else "")
 
 
 def overview_cells(runs: dict[int, dict]) -> list:

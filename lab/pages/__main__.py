@@ -106,6 +106,7 @@ def text_blocks() -> dict:
         "trend": lambda: "\n".join(verdict.trend_lines(stored_runs("trend", "second"))),
         "sweep": partial(tries, "sweep"),
         "start": partial(tries, "start"),
+        "better-start": better_start,
         "paper": partial(tries, "paper"),
         "scatter": scatter,
         "speed": lambda: speed_report(stored_result("speed")),
@@ -141,6 +142,20 @@ def tries(name: str) -> str:
     for steps in sorted({line["steps"] for line in lines}):
         tables.append(verdict.overview_table(lines, steps))
     return "\n\n".join(tables)
+
+
+def better_start() -> str:
+    """Perplexity on dev with either option of the better start, and with both (seed 100)."""
+    lines, rows = stored_runs("sweep", "alone", "start"), []
+    for preset in (BASE, "cartesian"):
+        cells = [preset]
+        for scale, init in itertools.product((1.0, 11.3), (0.5, 0.05)):
+            wanted = {"preset": preset, "seed": 100, "steps": 2500, "lr": 6e-3, "norm_topk": True}
+            wanted |= {"embedding_scale": scale, "residual_init": init}
+            (run,) = [line for line in lines if wanted.items() <= line.items()]
+            cells.append(f"{perplexity(run['dev']['loss']):.2f}")
+        rows.append(cells)
+    return cli.table(rows, ["dev, seed 100", "neither", "init alone", "scale alone", "both"])
 
 
 def scatter() -> str:

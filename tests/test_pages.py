@@ -117,7 +117,7 @@ TOLD = {  # a verdict -> how much less the loss of each Cartesian run is, and ho
 
 @pytest.mark.parametrize("verdict", TOLD)
 def test_verdicts_of_a_test_that_ended(verdict, tmp_path, monkeypatch):
-    """ "No difference" needs an interval inside the margin, a difference a small p."""
+    """A difference needs a small p, and *no difference* an interval inside the margin."""
     gap, scatter = TOLD[verdict]
     lines = []
     for run in stored.stored_runs("third")[:2]:

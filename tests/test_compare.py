@@ -262,6 +262,10 @@ def test_refused_file(message, tmp_path):
     """Runs that cannot be compared are not."""
     with refused(message):
         table_of(tmp_path / "r", [HASH, REFUSED[message]], steps=7)
+
+
+def test_table_without_runs(tmp_path):
+    """Where there is no results file, `table` says what to do."""
     with refused("missing has no runs: train some"):
         compare.main(["table", f"--results={tmp_path / 'missing'}"])
 

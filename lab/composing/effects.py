@@ -20,7 +20,8 @@ MARKS = {  # settings in which runs may differ -> how the names of kinds tell th
     "embedding_scale": "scale {:g}",
     "residual_init": "init {:g}",
 }
-MARGIN = 0.5  # percent of perplexity: an interval inside of +-0.5 is "no difference"
+MARGIN = 0.5  # percent of perplexity: an interval inside of +-0.5 is NO_DIFFERENCE
+NO_DIFFERENCE = "no difference"
 
 
 def group_runs(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
@@ -28,11 +29,12 @@ def group_runs(lines: list[dict], steps: int) -> dict[str, dict[int, dict]]:
 
     A kind is named by its preset, and by those of its settings in which these runs differ.
     """
+    presets = list(PRESETS)
     lines = [line for line in lines if line["steps"] == steps]
     differ = {field for field in MARKS if len({line[field] for line in lines}) > 1}
 
     def order(line):
-        return [list(PRESETS).index(line["preset"]), *(line[field] for field in MARKS)]
+        return [presets.index(line["preset"]), *(line[field] for field in MARKS)]
 
     kinds = {}
     for line in sorted(lines, key=order):
@@ -152,10 +154,10 @@ def describe_effect(effect: Effect | None) -> str:
     elif effect.high < 0:
         verdict = "lower"
     elif inside:
-        verdict = "no difference"
+        verdict = NO_DIFFERENCE
     else:
         verdict = "inconclusive"
-    if inside and verdict != "no difference":
+    if inside and verdict != NO_DIFFERENCE:
         verdict += ", inside the margin"
     return f"{effect.middle:+.2f} % ({effect.low:+.2f} to {effect.high:+.2f}): {verdict}"
 

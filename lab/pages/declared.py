@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lab.composing import composition_rows
 from lab.composing.declarations import DECLARATIONS
-from lab.composing.effects import BASE, describe_effect
+from lab.composing.effects import BASE, NO_DIFFERENCE, describe_effect
 from lab.pages.stored import stored_compositions, stored_result, stored_runs
 from lab.remixing.tables import DECLARED_AGAINST
 from lab.tools.statistics import in_points
@@ -41,7 +41,7 @@ class Test(NamedTuple):
         if self.running:
             return self.running
         # An interval inside the margin says that there is no difference, whatever p is.
-        told = self.p < self.alpha or self.outcome == "no difference"
+        told = self.p < self.alpha or self.outcome == NO_DIFFERENCE
         return f"**{self.outcome if told else UNTOLD}**"
 
 
